@@ -1,0 +1,57 @@
+"""Every exception the product raises on purpose.
+
+OmniADError                    catch this to catch them all
+├── InputError                 a frame, image or argument is not what was asked for
+├── DataError                  a data set is broken, empty or mislabelled
+├── TrainingError              training cannot go on (loss is not finite, run cannot be resumed)
+├── BundleError                a bundle or checkpoint is missing, damaged, altered or too new
+├── CalibrationError           the good images cannot support the wanted false-reject rate
+├── ExportError                an export was refused, for example by the parity gate
+├── EngineError                a backend is unavailable or failed
+├── DownloadError              weights could not be downloaded or do not match their checksum
+└── MissingDependencyError     an optional package is not installed; the message has the pip command
+"""
+
+
+class OmniADError(Exception):
+    """Base of all errors raised on purpose; the message says what was expected, what came, what to do."""
+
+
+class InputError(OmniADError, ValueError):
+    """A frame, image or argument is not what was asked for."""
+
+
+class DataError(OmniADError):
+    """A data set is broken, empty or mislabelled."""
+
+
+class TrainingError(OmniADError):
+    """Training cannot go on."""
+
+
+class BundleError(OmniADError):
+    """A bundle or checkpoint is missing, damaged, altered or too new."""
+
+
+class CalibrationError(OmniADError):
+    """The good images cannot support the wanted false-reject rate."""
+
+
+class ExportError(OmniADError):
+    """An export was refused."""
+
+
+class EngineError(OmniADError):
+    """A backend is unavailable or failed."""
+
+
+class DownloadError(OmniADError):
+    """Weights could not be downloaded or do not match their checksum."""
+
+
+class MissingDependencyError(OmniADError, ImportError):
+    """An optional package is not installed."""
+
+    def __init__(self, package: str, extra: str) -> None:
+        """package: what could not be imported; extra: the extra of omniad-edge that brings it."""
+        super().__init__(f'{package} is not installed; run: pip install "omniad-edge[{extra}]"')
