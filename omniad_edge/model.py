@@ -315,7 +315,7 @@ class OmniAD(nn.Module):
 
     @torch.inference_mode()
     def predict(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """pixels (N, H, W, 3) uint8 RGB -> smoothed anomaly_map (N, H, W) and its maximum, pred_score (N,)."""
+        """pixels (N, H, W, 3) uint8 RGB -> anomaly_map (N, H, W), smoothed, and its maximum, pred_score (N,)."""
         height, width = pixels.shape[1:3]
         maps = anomaly_map(*self(normalise(pixels, next(self.neck.parameters()))), height, width)
         return maps, maps.amax((1, 2))
