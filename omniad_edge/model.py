@@ -315,7 +315,7 @@ class OmniAD(nn.Module):
 
     @torch.inference_mode()
     def predict(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        """pixels (N, H, W, 3) uint8 RGB -> anomaly_map (N, H, W), smoothed, and its maximum, pred_score (N,)."""
+        """pixels (N, H, W, 3) uint8 RGB -> smoothed anomaly_map (N, H, W), pred_score (N,): its maximum."""
         height, width = pixels.shape[1:3]
         maps = anomaly_map(*self(normalise(pixels, next(self.neck.parameters()))), height, width)
         return maps, maps.amax((1, 2))
@@ -324,7 +324,7 @@ class OmniAD(nn.Module):
 def normalise(pixels: Tensor, like: Tensor) -> Tensor:
     """pixels (N, H, W, 3) uint8 RGB -> (N, 3, H, W), ImageNet mean 0 and deviation 1, in `like`'s dtype."""
     x = pixels.permute(0, 3, 1, 2).to(like) / 255
-    mean, std = (torch.tensor(v).to(like).view(1, 3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
+    mean, std = (x.new_tensor(v).view(1, 3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
     return (x - mean) / std
 
 
