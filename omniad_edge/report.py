@@ -1,0 +1,399 @@
+"""What an evaluation found: an HTML report of one file, JSON, CSV and a console table.
+
+The HTML needs nothing but itself: styles, charts (SVG) and pictures (JPEG) are inside, no script, no network.
+Blue is good and orange is defective everywhere; wrong verdicts are marked in words, not by colour alone.
+"""
+
+import base64
+import csv
+import json
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from pathlib import Path
+
+import cv2
+import numpy as np
+from rich.box import SIMPLE_HEAD
+from rich.markup import escape as escape_markup
+from rich.table import Table
+
+from .data import GOOD
+from .errors import InputError
+from .files import atomic_write
+from .metrics import METRICS, ProductMetrics, checked_scores, mean_metrics, roc_curve
+
+HEADINGS = (
+    *("Product", "Good", "Defective", "Image AUROC", "Image AP", "Image F1-max"),
+    *("Pixel AUROC", "Pixel AP", "Pixel F1-max", "AUPRO", "mAD"),
+)
+PICTURE_PX = 320  # longest side; shown at half of it, sharp on a phone too
+BINS = 40
+
+STYLE = """
+:root { color-scheme: light dark; --back: #fff; --card: #f4f6f8; --text: #1a1d20; --muted: #59616a;
+  --line: #ccd2d8; --good: #0b5fa5; --bad: #b34f00; }
+@media (prefers-color-scheme: dark) { :root { --back: #14171a; --card: #1e2327; --text: #e8eaed;
+  --muted: #a9b1ba; --line: #434b53; --good: #6cb6ff; --bad: #ffa24d; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 75rem; padding: 1rem; background: var(--back); color: var(--text);
+  font: 1rem/1.5 system-ui, sans-serif; font-variant-numeric: tabular-nums; }
+h1 { font-size: 1.7rem; line-height: 1.2; } h2 { font-size: 1.3rem; margin: 2.5rem 0 .5rem; }
+h3 { font-size: 1rem; margin: 1.5rem 0 .5rem; } a { color: var(--good); }
+.scroll { overflow-x: auto; } .muted, .path { color: var(--muted); }
+table { border-collapse: collapse; }
+th, td { padding: .3rem .8rem .3rem 0; border-bottom: 1px solid var(--line); text-align: right;
+  vertical-align: bottom; }
+th:first-child, .facts td { text-align: left; } .facts td { overflow-wrap: anywhere; }
+thead th { color: var(--muted); font-weight: 600; } tbody th { font-weight: 400; }
+tfoot th, tfoot td { font-weight: 700; }
+.charts { display: flex; flex-wrap: wrap; gap: .8rem; } .charts figure { max-width: 100%; }
+.cases { display: grid; gap: .8rem; grid-template-columns: repeat(auto-fill, minmax(min(21rem, 100%), 1fr)); }
+figure { margin: 0; padding: .6rem; background: var(--card); border-radius: .4rem; break-inside: avoid; }
+svg { display: block; max-width: 100%; height: auto; }
+svg text { fill: var(--muted); font-size: 12px; }
+svg .good { fill: var(--good); } svg .bad { fill: var(--bad); }
+svg .axis { stroke: var(--line); fill: none; }
+svg .curve { stroke: var(--good); stroke-width: 2; fill: none; }
+svg .cut { stroke: var(--text); stroke-width: 1.5; stroke-dasharray: 5 3; } svg .now { fill: var(--text); }
+.pair { display: grid; grid-template-columns: 1fr 1fr; gap: .3rem; }
+.pair img { display: block; width: 100%; height: auto; border-radius: .2rem; }
+.case { border: 2px solid transparent; } .case figcaption { font-size: .85rem; margin-top: .4rem; }
+.case .path { display: block; overflow-wrap: anywhere; }
+.mark { font-weight: 700; padding: 0 .4rem; border: 1px solid var(--line); border-radius: .2rem; }
+.miss { border: 2px solid var(--bad); } .false-reject { border: 2px dashed var(--good); }
+.miss .mark { background: var(--bad); border-color: var(--bad); color: var(--back); }
+.false-reject .mark { background: var(--good); border-color: var(--good); color: var(--back); }
+"""
+# The policy makes the browser itself refuse anything that is not in the file.
+HEAD = """<!doctype html>
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta http-equiv="Content-Security-Policy"
+ content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+"""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One inspected image to show.
+
+    image, overlay: (H, W, 3) uint8 BGR; the overlay has the heatmap and the mask's outline drawn in already.
+    kind: "good" or the defect's name. The verdict is defective if pred_score > threshold.
+    Raises InputError if a picture is anything else or a number is not finite.
+    """
+
+    image: np.ndarray
+    overlay: np.ndarray
+    product: str
+    kind: str
+    pred_score: float
+    threshold: float
+    path: str
+
+    def __post_init__(self) -> None:
+        for name, picture in (("image", self.image), ("overlay", self.overlay)):
+            is_array = isinstance(picture, np.ndarray)
+            if not is_array or picture.dtype != np.uint8 or picture.shape[2:] != (3,) or not picture.size:
+                came = f"{picture.dtype} {picture.shape}" if is_array else type(picture).__name__
+                raise InputError(f"{self.path}: {name}: expected uint8 (H, W, 3) BGR, got {came}")
+        for name, value in (("pred_score", self.pred_score), ("threshold", self.threshold)):
+            if not math.isfinite(value):
+                raise InputError(f"{self.path}: {name}: expected a finite number, got {value}")
+
+    @property
+    def is_good(self) -> bool:
+        return self.kind == GOOD
+
+    @property
+    def is_rejected(self) -> bool:
+        return float(self.pred_score) > float(self.threshold)
+
+    @property
+    def mark(self) -> str:
+        """One of "MISS", "FALSE REJECT" and "correct"."""
+        if self.is_rejected != self.is_good:
+            return "correct"
+        return "FALSE REJECT" if self.is_good else "MISS"
+
+
+@dataclass(frozen=True)
+class ProductScores:
+    """All test scores of one product: scores (N,) finite, labels (N,) bool, True is defective.
+
+    Raises InputError if they are anything else.
+    """
+
+    product: str
+    scores: np.ndarray
+    labels: np.ndarray
+    threshold: float
+
+    def __post_init__(self) -> None:
+        checked_scores(self.scores, self.labels)
+        if not math.isfinite(self.threshold):
+            raise InputError(f"{self.product}: threshold: expected a finite number, got {self.threshold}")
+
+    # In float64: NumPy rounds the threshold to float32 to compare it with such scores, and verdicts flip.
+    @property
+    def good(self) -> np.ndarray:
+        return np.asarray(self.scores, np.float64)[~np.asarray(self.labels)]
+
+    @property
+    def defective(self) -> np.ndarray:
+        return np.asarray(self.scores, np.float64)[np.asarray(self.labels)]
+
+
+def choose_cases(
+    kinds: Sequence[str], scores: Sequence[float], threshold: float, per_group: int = 6
+) -> list[int]:
+    """Indices of one product's images worth a picture, so that only their overlays need be drawn.
+
+    The lowest-scored misses and the highest false rejects, `per_group` of each, then of every kind the
+    image with the middle score among those judged rightly. Raises InputError on NaN and unequal lengths.
+    """
+    values = np.asarray(scores, dtype=np.float64)
+    good = np.array([kind == GOOD for kind in kinds], dtype=bool)
+    if values.shape != good.shape:
+        raise InputError(f"expected one kind and score an image, got {len(kinds)} and {values.shape}")
+    if not (np.isfinite(values).all() and math.isfinite(threshold)):
+        raise InputError("scores and threshold: expected finite numbers, got NaN or inf")
+    ascending = np.argsort(values, kind="stable")
+    rejected = values > threshold
+    misses = [int(i) for i in ascending if not good[i] and not rejected[i]]
+    false_rejects = [int(i) for i in ascending[::-1] if good[i] and rejected[i]]
+    typical = []
+    for kind in sorted(set(kinds)):
+        right = [int(i) for i in ascending if kinds[i] == kind and rejected[i] != good[i]]
+        typical += right[len(right) // 2 :][:1]
+    return misses[:per_group] + false_rejects[:per_group] + typical
+
+
+def write_report(
+    path: str | Path,
+    title: str,
+    facts: Mapping[str, str],
+    metrics: Sequence[ProductMetrics],
+    scores: Sequence[ProductScores] = (),
+    cases: Sequence[Case] = (),
+    latency: Mapping[str, str] | None = None,
+) -> None:
+    """Write the HTML report, atomically.
+
+    facts: what was measured and where (weights, preset, input size, machine, versions), in order.
+    metrics: one a product; their mean is added if there are several. scores: gives a product its verdict
+    counts and charts. cases: pictures, sorted here: worst misses, highest false rejects, then by kind.
+    latency: further rows, for example {"engine, p50 / p99": "6.1 / 7.0 ms"}.
+    Raises InputError if scores or cases belong to a product that has no metrics; OSError as `atomic_write`.
+    """
+    names = [one.product for one in metrics]
+    strangers = {one.product for one in (*scores, *cases)} - set(names)
+    if strangers:
+        raise InputError(f"report: no metrics for {sorted(strangers)}; there are metrics for {names}")
+    # A file name that is not UTF-8 has surrogates in Python; they must not cost the whole report.
+    with atomic_write(path) as part, part.open("w", encoding="utf-8", errors="replace") as file:
+        file.write(f"{HEAD}<title>{escape(title)}</title>\n<style>{STYLE}</style></head>\n<body>\n")
+        file.write(f"<h1>{escape(title)}</h1>\n{_pairs(facts)}<h2>Metrics</h2>\n{_metrics(metrics)}")
+        if scores:
+            file.write(f"<h2>Verdicts at the threshold</h2>\n{_verdicts(scores, names)}")
+        if latency:
+            file.write(f"<h2>Latency</h2>\n{_pairs(latency)}")
+        for index, name in enumerate(names):
+            file.write(f'<section id="product-{index}">\n<h2>{escape(name)}</h2>\n')
+            for one in (one for one in scores if one.product == name):
+                file.write(f'<div class="charts">\n{_roc(one)}{_histogram(one)}</div>\n')
+            file.writelines(_groups([case for case in cases if case.product == name]))
+            file.write("</section>\n")
+        file.write("</body></html>\n")
+
+
+def write_metrics_json(
+    path: str | Path, metrics: Sequence[ProductMetrics], facts: Mapping[str, str] | None = None
+) -> None:
+    """Write {"facts", "products": [...], "mean"} with metrics as fractions 0..1, null where there is none."""
+
+    def row(one: ProductMetrics) -> dict[str, str | int | float | None]:
+        return {key: None if _is_nan(value) else value for key, value in one.to_dict().items()}
+
+    document = {
+        "facts": dict(facts or {}),
+        "products": [row(one) for one in metrics],
+        "mean": row(mean_metrics(metrics)),
+    }
+    with atomic_write(path) as part:
+        part.write_text(json.dumps(document, indent=2, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def write_metrics_csv(path: str | Path, metrics: Sequence[ProductMetrics]) -> None:
+    """Write a header and one row a product, metrics as fractions 0..1, empty where there is none."""
+    with atomic_write(path) as part, part.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, ("product", "n_good", "n_defective", *METRICS, "mad"))
+        writer.writeheader()
+        for one in metrics:
+            writer.writerow({key: "" if _is_nan(value) else value for key, value in one.to_dict().items()})
+
+
+def metrics_table(metrics: Sequence[ProductMetrics]) -> Table:
+    """The metrics in percent for the console, with their mean if there are several products."""
+    # Two-line headings and narrow gaps: it fits 80 columns, and a long product name folds, not the numbers.
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    table.add_column(HEADINGS[0], overflow="fold")
+    for heading in HEADINGS[1:]:
+        heading = heading.replace(" ", "\n").replace("Defective", "Defec-\ntive")
+        table.add_column(heading, justify="right", no_wrap=True)
+    for one in metrics:
+        table.add_row(*map(escape_markup, _cells(one)))
+    if len(metrics) > 1:
+        table.add_section()
+        table.add_row(*_cells(mean_metrics(metrics)), style="bold")
+    return table
+
+
+def _is_nan(value: str | int | float) -> bool:
+    return isinstance(value, float) and math.isnan(value)
+
+
+def _percent(fraction: float) -> str:
+    return "n/a" if math.isnan(fraction) else f"{100 * fraction:.1f}"
+
+
+def _cells(one: ProductMetrics) -> list[str]:
+    values = [_percent(getattr(one, name)) for name in (*METRICS, "mad")]
+    return [one.product, str(one.n_good), str(one.n_defective), *values]
+
+
+def _row(cells: Iterable[str]) -> str:
+    """A table row from cells that are HTML already; the first one is its heading."""
+    first, *rest = cells
+    return f'<tr><th scope="row">{first}</th>{"".join(f"<td>{cell}</td>" for cell in rest)}</tr>\n'
+
+
+def _table(headings: Iterable[str], rows: Iterable[str], foot: str = "") -> str:
+    head = "".join(f'<th scope="col">{heading}</th>' for heading in headings)
+    foot = f"<tfoot>{foot}</tfoot>" if foot else ""
+    body = f"<thead><tr>{head}</tr></thead><tbody>\n{''.join(rows)}</tbody>{foot}"
+    return f'<div class="scroll"><table>{body}</table></div>\n'
+
+
+def _pairs(pairs: Mapping[str, str]) -> str:
+    rows = "".join(_row((escape(str(key)), escape(str(value)))) for key, value in pairs.items())
+    return f'<table class="facts"><tbody>\n{rows}</tbody></table>\n' if rows else ""
+
+
+def _metrics(metrics: Sequence[ProductMetrics]) -> str:
+    rows = [_row(map(escape, _cells(one))) for one in metrics]
+    mean = _row(_cells(mean_metrics(metrics))) if len(metrics) > 1 else ""
+    return _table(HEADINGS, rows, mean) + '<p class="muted">In percent, higher is better.</p>\n'
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{part} of {whole} ({100 * part / whole:.1f} %)" if whole else "n/a"
+
+
+def _verdicts(scores: Sequence[ProductScores], names: Sequence[str]) -> str:
+    def row(one: ProductScores) -> str:
+        link = f'<a href="#product-{names.index(one.product)}">{escape(one.product)}</a>'
+        missed, rejected = int((one.defective <= one.threshold).sum()), int((one.good > one.threshold).sum())
+        counts = _share(missed, len(one.defective)), _share(rejected, len(one.good))
+        return _row((link, f"{one.threshold:.4g}", *counts))
+
+    return _table(("Product", "Threshold", "Defects missed", "Good rejected"), map(row, scores))
+
+
+def _figure(label: str, size: tuple[int, int], marks: Sequence[str], caption: str) -> str:
+    box = f'width="{size[0]}" height="{size[1]}" viewBox="0 0 {size[0]} {size[1]}"'
+    svg = f'<svg {box} role="img" aria-label="{escape(label)}">'
+    return f"<figure>{svg}{''.join(marks)}</svg><figcaption class='muted'>{caption}</figcaption></figure>\n"
+
+
+def _roc(one: ProductScores) -> str:
+    """ROC curve in a square of 210 x 210 px with the threshold's own point."""
+    fpr, tpr = roc_curve(one.scores, one.labels)
+    if not len(fpr):
+        return "<figure><p class='muted'>ROC curve: n/a, it needs good and defective images.</p></figure>\n"
+    points = " ".join(f"{48 + 210 * x:.1f},{222 - 210 * y:.1f}" for x, y in zip(fpr, tpr, strict=True))
+    now_x, now_y = (one.good > one.threshold).mean(), (one.defective > one.threshold).mean()
+    marks = [
+        '<rect class="axis" x="48" y="12" width="210" height="210"/>',
+        '<line class="axis" x1="48" y1="222" x2="258" y2="12" stroke-dasharray="2 4"/>',
+        f'<polyline class="curve" points="{points}"/>',
+        f'<circle class="now" cx="{48 + 210 * now_x:.1f}" cy="{222 - 210 * now_y:.1f}" r="5"/>',
+        *(f'<text x="{48 + 2.1 * n}" y="238" text-anchor="middle">{n}</text>' for n in (0, 50, 100)),
+        *(f'<text x="42" y="{226 - 2.1 * n}" text-anchor="end">{n}</text>' for n in (0, 50, 100)),
+        '<text x="153" y="256" text-anchor="middle">good rejected, %</text>',
+        '<text transform="translate(12 117) rotate(-90)" text-anchor="middle">defects found, %</text>',
+    ]
+    return _figure(f"ROC curve of {one.product}", (270, 262), marks, "ROC curve; the dot is the threshold")
+
+
+def _histogram(one: ProductScores) -> str:
+    """Good scores upwards, defective ones downwards, each as shares of its own class on one scale.
+
+    The threshold is an edge between two bars, so a bar is wholly accepted or wholly rejected.
+    """
+    every = np.concatenate([one.good, one.defective, [one.threshold]])
+    step = (every.max() - every.min()) / BINS or 1.0
+    bins = np.append(np.ceil((every - one.threshold) / step).astype(int) - 1, 0)
+    first, count = (
+        int(bins.min()),
+        int(np.ptp(bins)) + 1,
+    )  # the threshold itself and the 0 put bars -1 and 0 in
+    bars = np.split(bins[: len(every) - 1] - first, [len(one.good)])
+    shares = [np.bincount(bar, minlength=count) / max(len(bar), 1) for bar in bars]
+    scale, width = 98 / max(1e-9, *(share.max() for share in shares)), 390 / count
+    marks = []
+    for name, share in zip(("good", "bad"), shares, strict=True):
+        for index in np.flatnonzero(share):
+            height = scale * share[index]
+            place = f'x="{15 + index * width:.1f}" y="{117 - height if name == "good" else 117:.1f}"'
+            marks.append(f'<rect class="{name}" {place} width="{width - 1:.1f}" height="{height:.1f}"/>')
+    cut, low, high = 15 - first * width, one.threshold + first * step, one.threshold + (first + count) * step
+    side, anchor = (5, "start") if cut < 210 else (-5, "end")
+    marks += [
+        '<line class="axis" x1="15" y1="117" x2="405" y2="117"/>',
+        f'<line class="cut" x1="{cut:.1f}" y1="4" x2="{cut:.1f}" y2="224"/>',
+        f'<text class="now" x="{cut + side:.1f}" y="14" text-anchor="{anchor}">'
+        f"threshold {one.threshold:.4g}</text>",
+        f'<text x="15" y="238">{low:.4g}</text><text x="405" y="238" text-anchor="end">{high:.4g}</text>',
+        '<text x="210" y="256" text-anchor="middle">score</text>',
+    ]
+    caption = f"Share of images: good ({len(one.good)}) upwards, defective ({len(one.defective)}) downwards"
+    return _figure(f"Scores of {one.product}", (420, 262), marks, caption)
+
+
+def _groups(cases: Sequence[Case]) -> Iterator[str]:
+    """Headings and pictures of one product's cases, the costliest mistakes first."""
+    ordered = sorted(cases, key=lambda case: case.pred_score - case.threshold)
+    by_kind = sorted(ordered, key=lambda case: (case.is_good, case.kind))
+    groups = {
+        "Worst misses": [case for case in ordered if case.mark == "MISS"],
+        "Highest false rejects": [case for case in reversed(ordered) if case.mark == "FALSE REJECT"],
+        "Judged rightly": [case for case in by_kind if case.mark == "correct"],
+    }
+    for heading, group in groups.items():
+        if group:
+            yield f'<h3>{heading}</h3>\n<div class="cases">\n'
+            yield from map(_case, group)
+            yield "</div>\n"
+
+
+def _case(case: Case) -> str:
+    ratio = f" = {case.pred_score / case.threshold:.2f} × threshold" if case.threshold > 0 else ", threshold"
+    verdict = "defective" if case.is_rejected else "good"
+    return (
+        f'<figure class="case {case.mark.lower().replace(" ", "-")}"><div class="pair">'
+        f"{_picture(case.image, 'camera image')}{_picture(case.overlay, 'anomaly heatmap')}</div>"
+        f'<figcaption><span class="mark">{case.mark}</span> {escape(case.kind)}, verdict {verdict}<br>'
+        f"score {case.pred_score:.4g}{ratio} {case.threshold:.4g}"
+        f'<span class="path">{escape(case.path)}</span></figcaption></figure>\n'
+    )
+
+
+def _picture(pixels: np.ndarray, alt: str) -> str:
+    height, width = pixels.shape[:2]
+    shrink = min(1.0, PICTURE_PX / max(height, width))
+    size = max(1, round(width * shrink)), max(1, round(height * shrink))
+    small = cv2.resize(pixels, size, interpolation=cv2.INTER_AREA)
+    encoded = base64.b64encode(cv2.imencode(".jpg", small, [cv2.IMWRITE_JPEG_QUALITY, 85])[1]).decode()
+    return f'<img src="data:image/jpeg;base64,{encoded}" width="{size[0]}" height="{size[1]}" alt="{alt}">'
