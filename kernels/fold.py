@@ -4,19 +4,18 @@ Exact folds, tested against the plain model to 1e-12 (`network.py` says how the 
 - batch norm into the convolution before it; pixel scaling and ImageNet normalisation into the first one
 - projections of learnable tokens; the softmax scale; the key bias (a softmax does not see a constant)
 - pe, added behind a softmax: of learnable queries pe (sum of V), of learnable keys a constant per channel
-- the second attention step's output projection into the block's `mix` (nothing non-linear between)
 - biases in front of an instance norm, which removes them
 - upsampling, Gaussian and weights of the anomaly map into one matrix per axis and scale
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod
 
 import numpy as np
 import torch
 from torch import nn
 
-from ..anomaly_map import resample_matrix
+from ..anomaly_map import SCALE, resample_matrix
 from ..backbone import Bottleneck
 from ..model import (
     HEADS,
@@ -83,11 +82,11 @@ class Query:
 
 @dataclass(frozen=True)
 class KeyValue:
-    """Learnable keys and values: o = v softmax(k Q), Q = query x + query_bias."""
+    """Learnable keys and values: o = softmax(Q k) v, Q = query x + query_bias."""
 
     query: Array  # (C, C), scaled by 1/sqrt(d)
     query_bias: Array  # (C,)
-    k: Array  # (heads, T, d)
+    k: Array  # (heads, d, T)
     v: Array  # (heads, T, d)
 
 
@@ -103,9 +102,10 @@ class Self:
 
 @dataclass(frozen=True)
 class Step:
-    """One attention step: attend, then (for the mlp output) SiLU(hidden o + hidden_bias), then project.
+    """One attention step: attend, then (mlp output only) SiLU(hidden o + hidden_bias), then project.
 
-    project is None where it is the identity or already inside the block's mix_step2.
+    project is None for output "none"; project_bias then holds what the attention still lacks. The second
+    step's is None: an instance norm follows and removes it.
     """
 
     attend: Query | KeyValue | Self
@@ -126,13 +126,12 @@ class Local:
 
 @dataclass(frozen=True)
 class Block:
-    """An Omni-block; mix and mix_step2 carry MIX_SCALE. mix_step2 takes the second step's output."""
+    """An Omni-block; mix carries MIX_SCALE."""
 
     step1: Step | None
     step2: Step | None
     local: Local | None
     mix: Array  # (C, C)
-    mix_step2: Array | None  # (C, C)
     out: Array  # (C, C)
     out_bias: Array  # (C,)
 
@@ -155,7 +154,7 @@ class Network:
     neck: Neck
     stages: tuple[tuple[Block, ...], ...]
     expands: tuple[Expand, ...]
-    resample: tuple[tuple[Array, Array], ...]  # (rows (H, h), columns (W, w)) per scale, strides 4, 8, 16
+    resample: tuple[tuple[Array, Array], ...]  # rows (H, h), scaled, and columns (W, w)
 
 
 def fold(model: OmniAD) -> Network:
@@ -183,7 +182,8 @@ def fold(model: OmniAD) -> Network:
         stages=stages,
         expands=expands,
         resample=tuple(
-            (resample_matrix(height // s, height), resample_matrix(width // s, width)) for s in (4, 8, 16)
+            (SCALE * resample_matrix(height // s, height), resample_matrix(width // s, width))
+            for s in (4, 8, 16)
         ),
     )
 
@@ -218,13 +218,11 @@ def fold_conv(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Conv:
 
 def fold_block(block: OmniBlock, positions: int) -> Block:
     mix = array(block.mix.weight) * MIX_SCALE
-    step1 = step2 = mix_step2 = None
+    step1 = step2 = None
     if block.global_branch is not None:
         step1 = fold_step(block.global_branch.step1, positions)
         step2 = fold_step(block.global_branch.step2, positions)
-        mix_step2 = mix if step2.project is None else mix @ step2.project
-        # Its bias is a constant in front of the instance norm.
-        step2 = Step(step2.attend, step2.hidden, step2.hidden_bias, None, None)
+        step2 = replace(step2, project_bias=None)
     local = None
     if block.local_branch is not None:
         local = Local(
@@ -234,7 +232,7 @@ def fold_block(block: OmniBlock, positions: int) -> Block:
                 for n in ("pointwise3", "pointwise5", "mix")
             },
         )
-    return Block(step1, step2, local, mix, mix_step2, array(block.out.weight), array(block.out.bias))
+    return Block(step1, step2, local, mix, array(block.out.weight), array(block.out.bias))
 
 
 def fold_step(step: nn.Module, positions: int) -> Step:
@@ -247,7 +245,7 @@ def fold_step(step: nn.Module, positions: int) -> Step:
     elif isinstance(out, nn.Linear):
         project, project_bias = array(out.weight), array(out.bias) + array(out.weight) @ constant
     else:
-        project_bias = constant
+        project_bias = constant if constant.any() else None
     return Step(attend, hidden, hidden_bias, project, project_bias)
 
 
@@ -266,7 +264,7 @@ def fold_attention(step: nn.Module, positions: int) -> tuple[Query | KeyValue | 
     if isinstance(step, KeyValueAttention):
         tokens = array(step.tokens)[0]
         k, v = heads(tokens @ key.T + key_bias), heads(tokens @ value.T + value_bias)
-        return KeyValue(query, query_bias, k, v), (array(step.pe)[0] @ v).reshape(dim)
+        return KeyValue(query, query_bias, k.transpose(0, 2, 1), v), (array(step.pe)[0] @ v).reshape(dim)
     return Self(query, query_bias, key, value), value_bias
 
 

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 import torch
-from golden import golden_image, golden_model
 from scipy.ndimage import gaussian_filter
 
+from golden import golden_image, golden_model
 from omniad_edge.anomaly_map import anomaly_map, gaussian_matrix
 from omniad_edge.errors import InputError
 from omniad_edge.model import ATTENTION_OUTPUTS, ATTENTIONS, BRANCHES, PRESETS, ModelConfig, OmniAD
