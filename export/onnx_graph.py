@@ -111,9 +111,7 @@ class OnnxOps:
         key = (op, *names, repr(attributes))
         if key not in self.emitted:
             self.emitted[key] = f"{op.lower()}_{len(self.nodes)}"
-            self.nodes.append(
-                helper.make_node(op, names, [self.emitted[key]], self.emitted[key], **attributes)
-            )
+            self.nodes.append(helper.make_node(op, names, [self.emitted[key]], self.emitted[key], **attributes))
         return replace(inputs[0] if like is None else like, name=self.emitted[key])
 
     def cast(self, x: Value, type: int) -> Value:
@@ -251,9 +249,7 @@ class OnnxOps:
         return self.merge(self.attention(query, self.emit("Transpose", key, perm=[0, 2, 3, 1]), value), x)
 
     def spread(self, t: Value, like: Value) -> Value:
-        rows, columns = (
-            np.arange(n) * grid // n for n, grid in ((like.height, t.height), (like.width, t.width))
-        )
+        rows, columns = (np.arange(n) * grid // n for n, grid in ((like.height, t.height), (like.width, t.width)))
         index = self.constant((rows[:, None] * t.width + columns).ravel(), np.int64)
         like = replace(like, type=self.compute, layout=TOKENS)
         return self.emit("Gather", self.cast(self.tokens(t), self.compute), index, like=like, axis=1)

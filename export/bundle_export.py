@@ -1,0 +1,178 @@
+"""A training run in, a bundle out: fold, build the graphs, pass the parity gate, calibrate, write."""
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from itertools import groupby
+from pathlib import Path
+
+import torch
+
+from ..bundle import write_bundle
+from ..calibration import Calibration
+from ..data import Images, Sample, find_samples, load_images
+from ..engine import OnnxRuntimeEngine, OpenVinoEngine, cpu_has_bf16
+from ..errors import DataError, ExportError, MissingDependencyError
+from ..evaluate import Predict, Predictions, calibrate_products, predict_images
+from ..kernels.fold import fold
+from ..model import OmniAD
+from ..weights import load_checkpoint
+from .onnx_graph import build_graph, weights_message
+from .parity import compare, good_only
+
+CHECKPOINT = "model.safetensors"
+IMAGES_PER_KIND = 32  # of each product, good and defective, that the gate looks at
+LIBRARIES = ("omniad-edge", "torch", "onnx", "onnxruntime", "openvino", "numpy", "pillow")
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """path of the bundle, its size, the gate's report per engine, the first calibration per product."""
+
+    path: Path
+    size_bytes: int
+    engines: dict[str, dict]
+    calibrations: dict[str, Calibration]
+
+
+def export_bundle(
+    run: str | Path,
+    out: str | Path,
+    fp16: bool = False,
+    data: str | Path | None = None,
+    report: Callable[[str, dict], None] | None = None,
+) -> ExportReport:
+    """Write the bundle of a training run.
+
+    run:    folder of `train`, or a checkpoint file
+    fp16:   store matrices in fp16 and add the graph that computes in it, for GPUs; CPUs compute in fp32 still
+    data:   the data set, where it is no longer at the place it was trained from
+    report: called with each engine's name and its parity report as soon as it is known
+
+    The gate compares every engine that can run here with the trained network, on good images that were not
+    trained on (or on training images, where none were held out) and on test images if there are any. Raises
+    ExportError, and writes nothing, if one is beyond its limits; bf16 may fail, it is then refused at run time.
+    """
+    run = Path(run)
+    model, facts = load_checkpoint(run / CHECKPOINT if run.is_dir() else run)
+    good, test = gate_samples(Path(data or facts["data"]), facts["holdout"])
+    config = model.config
+    images = load_images(good + test, config.height, config.width)
+    network = fold(model)
+    cpu, weights = build_graph(network, half=False, half_weights=fp16)
+    parts = {"graphs/cpu.onnx": cpu, "weights.onnx": weights_message(weights)}
+    if fp16:
+        parts["graphs/fp16.onnx"], _ = build_graph(network, half=True, half_weights=True)
+    engines, predictions = pass_gate(model, images, parts, report)
+    calibrations = calibrate_products(good_only(first(predictions, len(good))))
+    manifest = {
+        "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "versions": versions(),
+        "model": config.to_dict() | {"backbone_weights": facts["backbone"]},
+        "precision": "fp16" if fp16 else "fp32",
+        "input": {
+            "height": config.height,
+            "width": config.width,
+            "layout": "NHWC",
+            "dtype": "uint8",
+            "colour": "RGB",
+            "resize": "pillow-bilinear",
+        },
+        "outputs": ["anomaly_map", "pred_score"],
+        "products": {product: calibration.to_dict() for product, calibration in calibrations.items()},
+        "parity": {"engines": engines},
+        "trained_on": facts["trained_on"],
+        "history": [],
+    }
+    out = Path(out)
+    write_bundle(out, manifest, parts)
+    return ExportReport(out, out.stat().st_size, engines, calibrations)
+
+
+def gate_samples(data: Path, holdout: list[str]) -> tuple[list[Sample], list[Sample]]:
+    """Good images for gate and calibration, and test images for the gate."""
+    samples = find_samples(data, "train")
+    held_out = {(data / path).resolve() for path in holdout}
+    good = [sample for sample in samples if sample.path.resolve() in held_out]
+    if held_out and len(good) < len(held_out):
+        missing = len(held_out) - len(good)
+        raise DataError(
+            f"{data}: {missing} of the {len(held_out)} images held out of training are not there; pass the folder "
+            "that was trained from with --data"
+        )
+    pick = random.Random(0)
+    test = find_samples(data, "test")
+    by_kind = groupby(sorted(test, key=gate_kind), gate_kind)
+    return good or samples, [s for _, kind in by_kind for s in limited(list(kind), pick)]
+
+
+def gate_kind(sample: Sample) -> tuple[str, bool]:
+    return sample.product, sample.is_good
+
+
+def limited(samples: list[Sample], pick: random.Random) -> list[Sample]:
+    return pick.sample(samples, IMAGES_PER_KIND) if len(samples) > IMAGES_PER_KIND else samples
+
+
+def pass_gate(
+    model: OmniAD, images: Images, parts: dict[str, bytes], report: Callable[[str, dict], None] | None
+) -> tuple[dict[str, dict], Predictions]:
+    """Reports of all engines, and the predictions of the default one, ONNX Runtime."""
+    reference = predict_images(torch_predict(model), images)
+    reports, failures, default = {}, [], None
+    for name, precision, predict in candidates(parts):
+        predictions = predict_images(predict, images)
+        default = default or predictions
+        reports[name] = compare(reference, predictions, precision)
+        if report:
+            report(name, reports[name])
+        if precision != "bf16":
+            failures += [f"{name}: {failure}" for failure in reports[name]["failures"]]
+    if failures:
+        raise ExportError(
+            "the export is not the trained network any more; nothing was written. " + "; ".join(failures)
+        )
+    return reports, default
+
+
+def candidates(parts: dict[str, bytes]):
+    """(name, precision, predict) of every engine that this machine can run."""
+    model = parts["graphs/cpu.onnx"] + parts["weights.onnx"]
+    yield "onnxruntime fp32", "fp32", OnnxRuntimeEngine(model).run
+    if "graphs/fp16.onnx" in parts:
+        half = parts["graphs/fp16.onnx"] + parts["weights.onnx"]
+        yield "onnxruntime fp16", "fp16", OnnxRuntimeEngine(half).run
+    try:
+        precisions = ("fp32", "bf16") if cpu_has_bf16() else ("fp32",)
+    except MissingDependencyError:
+        return
+    for precision in precisions:
+        yield f"openvino {precision}", precision, OpenVinoEngine(model, precision).run
+
+
+def torch_predict(model: OmniAD) -> Predict:
+    """The trained network in fp32, as evaluation and the gate call it."""
+
+    def predict(pixels):
+        anomaly_maps, pred_scores = model.predict(torch.from_numpy(pixels).to(next(model.parameters()).device))
+        return anomaly_maps.cpu().numpy(), pred_scores.cpu().numpy()
+
+    return predict
+
+
+def first(predictions: Predictions, count: int) -> Predictions:
+    images = predictions.images
+    images = Images(images.pixels[:count], images.samples[:count], images.broken)
+    return Predictions(images, predictions.anomaly_maps[:count], predictions.pred_scores[:count])
+
+
+def versions() -> dict[str, str]:
+    known = {}
+    for library in LIBRARIES:
+        try:
+            known[library] = version(library)
+        except PackageNotFoundError:
+            continue
+    return known

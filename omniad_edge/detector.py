@@ -1,0 +1,128 @@
+"""Detector: frame -> preprocess -> engine -> anomaly map -> decision -> Result."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from time import perf_counter
+
+import numpy as np
+
+from .bundle import read_bundle
+from .engine import open_engine
+from .errors import InputError
+from .image import check_frame
+from .preprocess import resize
+from .result import Result, decide
+
+BATCH = 8  # frames per engine call when a list is given
+
+
+class Detector:
+    """Gives verdicts on frames with the engine and the thresholds of a bundle.
+
+    bundle:    path of a `.omniad` file
+    backend:   "onnxruntime", "openvino" or "auto"; `reason` says why auto chose what it did
+    precision: "fp32", "bf16" (OpenVINO, only if the bundle passed the parity gate in it) or "auto"
+    threads:   CPU threads of the engine; None leaves it to the backend
+
+    The first, slow call of the engine is made here. Calls are thread-safe. Raises BundleError for a missing,
+    damaged or too new bundle, EngineError or MissingDependencyError where the engine is not to be had.
+    """
+
+    def __init__(
+        self,
+        bundle: str | Path,
+        backend: str = "auto",
+        precision: str = "auto",
+        threads: int | None = None,
+    ) -> None:
+        contents = read_bundle(bundle)
+        self.height, self.width = contents.height, contents.width
+        self.calibrations = contents.products
+        self.engine = open_engine(contents, backend, precision, threads)
+        self.engine.run(np.zeros((1, self.height, self.width, 3), np.uint8))
+
+    @property
+    def products(self) -> tuple[str, ...]:
+        return tuple(self.calibrations)
+
+    @property
+    def backend(self) -> str:
+        return self.engine.backend
+
+    @property
+    def precision(self) -> str:
+        return self.engine.precision
+
+    @property
+    def reason(self) -> str:
+        """Why this backend and precision were chosen."""
+        return self.engine.reason
+
+    def __call__(
+        self, frames: np.ndarray | Sequence[np.ndarray], product: str | None = None
+    ) -> Result | list[Result]:
+        """Inspect one frame, or a list of frames of one product.
+
+        frames:  (H, W, 3) uint8 BGR of any size, as OpenCV gives it; a list gives a list of results
+        product: whose threshold applies. None: the only product of the bundle, or of several the one with the
+                 lowest threshold, so that no defect passes because the product was not named; the result's
+                 `product` names it and `product_assumed` is True.
+        Raises InputError for a frame or product that is not what was asked for, EngineError if the engine fails.
+        """
+        single = isinstance(frames, np.ndarray) or not isinstance(frames, Sequence)
+        batch = [frames] if single else list(frames)
+        for frame in batch:
+            check_frame(frame)
+        assumed = product is None
+        product = self.strictest_product() if assumed else self.known_product(product)
+        results = []
+        for start in range(0, len(batch), BATCH):
+            results += self.inspect(batch[start : start + BATCH], product, assumed)
+        return results[0] if single else results
+
+    def inspect(self, frames: list[np.ndarray], product: str, assumed: bool) -> list[Result]:
+        pixels = np.empty((len(frames), self.height, self.width, 3), np.uint8)
+        preprocess_ms = []
+        for index, frame in enumerate(frames):
+            start = perf_counter()
+            pixels[index] = resize(frame, self.height, self.width)
+            preprocess_ms.append(1e3 * (perf_counter() - start))
+        start = perf_counter()
+        anomaly_maps, pred_scores = self.engine.run(pixels)
+        engine_ms = 1e3 * (perf_counter() - start) / len(frames)
+        results = []
+        for index, frame in enumerate(frames):
+            start = perf_counter()
+            decision = decide(
+                anomaly_maps[index], pred_scores[index], self.calibrations[product], *frame.shape[:2]
+            )
+            postprocess_ms = 1e3 * (perf_counter() - start)
+            speed_ms = {
+                "preprocess": preprocess_ms[index],
+                "engine": engine_ms,
+                "postprocess": postprocess_ms,
+                "total": preprocess_ms[index] + engine_ms + postprocess_ms,
+            }
+            results.append(
+                Result(
+                    **decision,
+                    product=product,
+                    product_assumed=assumed,
+                    speed_ms=speed_ms,
+                    backend=self.backend,
+                    precision=self.precision,
+                )
+            )
+        return results
+
+    def strictest_product(self) -> str:
+        return min(self.calibrations, key=lambda name: self.calibrations[name].threshold)
+
+    def known_product(self, product: str) -> str:
+        if product not in self.calibrations:
+            raise InputError(f"product: expected one of {', '.join(self.products)}; got {product!r}")
+        return product
+
+    def __repr__(self) -> str:
+        products = ", ".join(self.products)
+        return f"Detector({self.width}x{self.height}, {self.backend} {self.precision}, products: {products})"
