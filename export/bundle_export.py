@@ -14,15 +14,14 @@ from ..bundle import write_bundle
 from ..calibration import Calibration
 from ..data import Images, Sample, find_samples, load_images
 from ..engine import OnnxRuntimeEngine, OpenVinoEngine, cpu_has_bf16
-from ..errors import DataError, ExportError, MissingDependencyError
-from ..evaluate import Predict, Predictions, calibrate_products, predict_images
+from ..errors import ExportError, MissingDependencyError
+from ..evaluate import Predict, Predictions, calibrate_products, held_out_samples, predict_images
 from ..kernels.fold import fold
 from ..model import OmniAD
-from ..weights import load_checkpoint
+from ..weights import load_run
 from .onnx_graph import build_graph, weights_message
 from .parity import compare, good_only
 
-CHECKPOINT = "model.safetensors"
 IMAGES_PER_KIND = 32  # of each product, good and defective, that the gate looks at
 LIBRARIES = ("omniad-edge", "torch", "onnx", "onnxruntime", "openvino", "numpy", "pillow")
 
@@ -55,10 +54,9 @@ def export_bundle(
     trained on (or on training images, where none were held out) and on test images if there are any. Raises
     ExportError, and writes nothing, if one is beyond its limits; bf16 may fail, it is then refused at run time.
     """
-    run = Path(run)
-    model, facts = load_checkpoint(run / CHECKPOINT if run.is_dir() else run)
-    good, test = gate_samples(Path(data or facts["data"]), facts["holdout"])
-    config = model.config
+    model, facts = load_run(run)
+    config, data = model.config, Path(data or facts["data"])
+    good, test = held_out_samples(data, facts["holdout"]), test_samples(data)
     images = load_images(good + test, config.height, config.width)
     network = fold(model)
     cpu, weights = build_graph(network, half=False, half_weights=fp16)
@@ -91,21 +89,11 @@ def export_bundle(
     return ExportReport(out, out.stat().st_size, engines, calibrations)
 
 
-def gate_samples(data: Path, holdout: list[str]) -> tuple[list[Sample], list[Sample]]:
-    """Good images for gate and calibration, and test images for the gate."""
-    samples = find_samples(data, "train")
-    held_out = {(data / path).resolve() for path in holdout}
-    good = [sample for sample in samples if sample.path.resolve() in held_out]
-    if held_out and len(good) < len(held_out):
-        missing = len(held_out) - len(good)
-        raise DataError(
-            f"{data}: {missing} of the {len(held_out)} images held out of training are not there; pass the folder "
-            "that was trained from with --data"
-        )
+def test_samples(data: Path) -> list[Sample]:
+    """Test images for the gate, good and defective, at most IMAGES_PER_KIND of each and product."""
     pick = random.Random(0)
-    test = find_samples(data, "test")
-    by_kind = groupby(sorted(test, key=gate_kind), gate_kind)
-    return good or samples, [s for _, kind in by_kind for s in limited(list(kind), pick)]
+    by_kind = groupby(sorted(find_samples(data, "test"), key=gate_kind), gate_kind)
+    return [sample for _, kind in by_kind for sample in limited(list(kind), pick)]
 
 
 def gate_kind(sample: Sample) -> tuple[str, bool]:

@@ -166,8 +166,7 @@ def fold(model: OmniAD) -> Network:
         for i, stage in enumerate(model.decoder.stages)
     )
     expands = tuple(
-        Expand(array(e.expand.weight), array(e.norm.weight), array(e.norm.bias))
-        for e in model.decoder.expands
+        Expand(array(e.expand.weight), array(e.norm.weight), array(e.norm.bias)) for e in model.decoder.expands
     )
     neck = {
         name: fold_conv(getattr(model.neck, name).conv, getattr(model.neck, name).norm)
@@ -182,8 +181,7 @@ def fold(model: OmniAD) -> Network:
         stages=stages,
         expands=expands,
         resample=tuple(
-            (SCALE * resample_matrix(height // s, height), resample_matrix(width // s, width))
-            for s in (4, 8, 16)
+            (SCALE * resample_matrix(height // s, height), resample_matrix(width // s, width)) for s in (4, 8, 16)
         ),
     )
 

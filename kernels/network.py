@@ -183,9 +183,7 @@ class TorchOps:
         d = len(weights.gamma)
         y = self.pointwise(x, weights.weight).view(n, 2, 2, d, height, width)
         y = y.permute(0, 4, 1, 5, 2, 3).reshape(n, 2 * height, 2 * width, d)
-        return F.layer_norm(y, (d,), self.weight(weights.gamma), self.weight(weights.beta)).permute(
-            0, 3, 1, 2
-        )
+        return F.layer_norm(y, (d,), self.weight(weights.gamma), self.weight(weights.beta)).permute(0, 3, 1, 2)
 
     def cosine_distance(self, teacher: Tensor, student: Tensor) -> Tensor:
         return 1 - F.cosine_similarity(teacher, student, dim=1)

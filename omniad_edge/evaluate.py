@@ -1,14 +1,23 @@
 """Scores of many images: for evaluation, for calibration and for the export's parity gate."""
 
+import platform
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
+from .bundle import read_bundle, set_thresholds
 from .calibration import Calibration, calibrate
-from .data import Images, load_masks
-from .errors import CalibrationError
+from .data import Images, Sample, find_samples, load_images, load_masks
+from .engine import open_engine
+from .errors import CalibrationError, DataError, InputError
+from .files import file_sha256
+from .image import read_image
 from .metrics import ProductMetrics, evaluate_maps
+from .progress import counting
+from .report import Case, ProductScores, choose_cases, write_report
+from .result import Result, decide
 
 # pixels (N, H, W, 3) uint8 RGB -> anomaly_map (N, H, W) and pred_score (N,), float32
 Predict = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
@@ -50,8 +59,8 @@ def predict_images(
     return Predictions(images, anomaly_maps, pred_scores)
 
 
-def evaluate(predictions: Predictions) -> list[ProductMetrics]:
-    """The seven metrics per product. Raises DataError if a defective image has no mask."""
+def evaluate(predictions: Predictions, published: bool = False) -> list[ProductMetrics]:
+    """The seven metrics per product; published: see `evaluate_maps`. Raises DataError for a missing mask."""
     masks = load_masks(predictions.images.samples, *predictions.images.pixels.shape[1:3])
     metrics = []
     for product in predictions.products:
@@ -63,6 +72,7 @@ def evaluate(predictions: Predictions) -> list[ProductMetrics]:
                 masks[of],
                 predictions.pred_scores[of],
                 predictions.labels[of],
+                published,
             )
         )
     return metrics
@@ -89,3 +99,145 @@ def calibrate_products(
     if refused:
         raise CalibrationError("\n".join(refused))
     return calibrations
+
+
+@dataclass(frozen=True)
+class Model:
+    """A trained run or a bundle, ready to predict. facts: what reports say of it."""
+
+    predict: Predict
+    height: int
+    width: int
+    calibrations: dict[str, Calibration]
+    facts: dict[str, str]
+
+
+def open_model(path: Path) -> Model:
+    """A bundle, or a run's folder or checkpoint (which needs torch; thresholds from its held-out images)."""
+    if path.suffix == ".omniad":
+        bundle = read_bundle(path)
+        engine = open_engine(bundle)
+        facts = bundle.manifest["model"] | {"engine": engine.reason}
+        return Model(engine.run, bundle.height, bundle.width, bundle.products, words(facts))
+    from .export.bundle_export import torch_predict
+    from .weights import load_run
+
+    network, facts = load_run(path)
+    config = network.config
+    images = load_images(held_out_samples(Path(facts["data"]), facts["holdout"]), config.height, config.width)
+    predict = torch_predict(network)
+    calibrations = calibrate_products(predict_images(predict, images))
+    facts = config.to_dict() | {"backbone_weights": facts["backbone"], "engine": "torch in fp32"}
+    return Model(predict, config.height, config.width, calibrations, words(facts))
+
+
+def words(facts: dict) -> dict[str, str]:
+    words = {name.replace("_", " "): str(value) for name, value in facts.items()}
+    return words | {"machine": f"{platform.machine()}, {platform.system()}, Python {platform.python_version()}"}
+
+
+def held_out_samples(data: Path, holdout: list[str]) -> list[Sample]:
+    """The good images of `data` that training held out; all good images if it held out none.
+
+    holdout: paths relative to the data set. Raises DataError if one is not there.
+    """
+    samples = find_samples(data, "train")
+    if not holdout:
+        return samples
+    wanted = {(data / path).resolve() for path in holdout}
+    found = [sample for sample in samples if sample.path.resolve() in wanted]
+    if len(found) < len(wanted):
+        raise DataError(
+            f"{data}: {len(wanted) - len(found)} of the {len(wanted)} images held out of training are not there; "
+            "give the data set that was trained on with --data"
+        )
+    return found
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `evaluate_model` measured; facts go on top of reports."""
+
+    metrics: list[ProductMetrics]
+    predictions: Predictions
+    calibrations: dict[str, Calibration]
+    facts: dict[str, str]
+
+
+def evaluate_model(path: Path, data: Path, published: bool = False) -> Evaluation:
+    """Run a model over the test images of a data set and measure detection. Raises DataError without any."""
+    model = open_model(path)
+    samples = find_samples(data, "test")
+    if not samples:
+        raise DataError(f"{data}: expected test images (PRODUCT/test/KIND/*), there are none")
+    with counting("inspecting", len(samples)) as progress:
+        images = load_images(samples, model.height, model.width)
+        predictions = predict_images(model.predict, images, progress=progress)
+    form = "published grids" if published else "exact"
+    facts = {"data": str(data), "pixel F1-max and AUPRO": form} | model.facts
+    return Evaluation(evaluate(predictions, published), predictions, model.calibrations, facts)
+
+
+def report_evaluation(
+    path: Path, title: str, evaluation: Evaluation, latency: dict[str, str] | None = None
+) -> None:
+    """The HTML report of an evaluation, with pictures of the worst misses and of each kind."""
+    predictions, calibrations = evaluation.predictions, evaluation.calibrations
+    scores, cases = [], []
+    for product in predictions.products:
+        if product not in calibrations:
+            raise InputError(f"product {product!r}: expected one of the model's: {', '.join(calibrations)}")
+        of, calibration = predictions.of(product), calibrations[product]
+        product_scores = predictions.pred_scores[of]
+        scores.append(ProductScores(product, product_scores, predictions.labels[of], calibration.threshold))
+        kinds = [predictions.images.samples[i].kind for i in of]
+        for chosen in choose_cases(kinds, product_scores, calibration.threshold):
+            cases.append(case_of(predictions, int(of[chosen]), calibration))
+    write_report(path, title, evaluation.facts, evaluation.metrics, scores, cases, latency)
+
+
+def case_of(predictions: Predictions, index: int, calibration: Calibration) -> Case:
+    """One image with its overlay for the report."""
+    sample = predictions.images.samples[index]
+    frame = read_image(sample.path)
+    decision = decide(
+        predictions.anomaly_maps[index], predictions.pred_scores[index], calibration, *frame.shape[:2]
+    )
+    result = Result(
+        **decision, product=sample.product, product_assumed=False, speed_ms={}, backend="", precision=""
+    )
+    overlay = result.draw(frame)
+    return Case(frame, overlay, sample.product, sample.kind, result.pred_score, result.threshold, str(sample.path))
+
+
+def calibrate_bundle(
+    bundle: Path, good: Path, max_false_reject: float | None = None, confidence: float = 0.95
+) -> tuple[dict[str, Calibration], int]:
+    """Set the thresholds of the products in `good` from its images; the bundle is replaced atomically.
+
+    good: data set of good images (PRODUCT/good/*); images the model was trained on score too low and are left
+    out. Returns the new calibrations and the number left out. Raises InputError for a product the bundle does
+    not have, CalibrationError if the images cannot support the wish.
+    """
+    contents = read_bundle(bundle)
+    trained_on = set(contents.manifest["trained_on"])
+    samples = find_samples(good, "train")
+    unknown = {sample.product for sample in samples} - set(contents.products)
+    if unknown:
+        raise InputError(
+            f"{good}: product {', '.join(sorted(unknown))}: the bundle has {', '.join(contents.products)}"
+        )
+    unseen = [sample for sample in samples if file_sha256(sample.path)[:16] not in trained_on]
+    empty = {sample.product for sample in samples} - {sample.product for sample in unseen}
+    if empty:
+        raise CalibrationError(
+            f"{good}: every image of {', '.join(sorted(empty))} was trained on and scores too low to calibrate "
+            "with; bring good images the model has not seen"
+        )
+    engine = open_engine(contents)
+    with counting("inspecting", len(unseen)) as progress:
+        images = load_images(unseen, contents.height, contents.width)
+        predictions = predict_images(engine.run, images, progress=progress)
+    calibrations = calibrate_products(predictions, max_false_reject, confidence)
+    set_thresholds(bundle, calibrations, f"calibrated with {engine.backend} in {engine.precision}")
+    return calibrations, len(samples) - len(unseen)

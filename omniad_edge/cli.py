@@ -1,0 +1,310 @@
+"""Command line: `omniad COMMAND`, and `omniad-export` for `omniad export`.
+
+Data goes to stdout, messages to stderr. Exit codes: 0 ok, 1 failure, 2 usage.
+"""
+
+import argparse
+import importlib.util
+import json
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+
+from rich.console import Console
+
+from .errors import MissingDependencyError, OmniADError
+
+PRESETS = ("base", "fast", "small")
+console = Console(stderr=True, highlight=False)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    options = parser().parse_args(arguments)
+    try:
+        return options.command(options) or 0
+    except OmniADError as exc:
+        console.print(f"[red]error:[/] {type(exc).__name__}: ", end="")
+        console.print(str(exc), markup=False, soft_wrap=True)
+    except KeyboardInterrupt:
+        console.print("[red]interrupted[/]")
+    except OSError as exc:
+        console.print(f"error: {exc}", markup=False, soft_wrap=True)
+    return 1
+
+
+def export_main() -> int:
+    return main(["export", *sys.argv[1:]])
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="omniad", description="Anomaly detection for production lines.")
+    top.add_argument("--version", action="version", version=version("omniad-edge"))
+    commands = top.add_subparsers(required=True, metavar="COMMAND")
+
+    def command(name, run, help):
+        shown = argparse.ArgumentDefaultsHelpFormatter
+        sub = commands.add_parser(name, help=help, description=help, formatter_class=shown)
+        sub.set_defaults(command=run)
+        return sub
+
+    sub = command("train", train, "train one model on the good images of all products in a data set")
+    sub.add_argument("--data", type=Path, required=True, help="MVTec, VisA, Real-IAD or PRODUCT/good/* folders")
+    sub.add_argument("--out", type=Path, required=True, help="folder of the run")
+    sub.add_argument("--epochs", type=int, default=500, help="passes over the images")
+    sub.add_argument("--preset", choices=PRESETS, default="base", help="size of the network")
+    sub.add_argument("--size", type=image_size, help="input size in pixels, N or HxW, multiples of 32")
+    sub.add_argument(
+        "--backbone-weights", default="imagenet", help="imagenet (downloaded once), a weights file, or none"
+    )
+    sub.add_argument("--batch-size", type=int, default=16, help="images per step and process")
+    sub.add_argument("--holdout", type=share, default="10%", help="part of the good images kept for calibration")
+    sub.add_argument("--validate-every", type=int, default=0, help="epochs; 0: at the end only")
+    sub.add_argument("--seed", type=int, default=42, help="of everything random")
+    sub.add_argument("--cache-features", action="store_true", help="keep the backbone's features in memory")
+    sub.add_argument("--skip-broken", action="store_true", help="leave out broken images instead of stopping")
+    sub.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    sub.add_argument("--device", default="auto", help="auto, cpu or cuda")
+
+    sub = command("evaluate", evaluate, "measure detection on the test images of a data set")
+    sub.add_argument("model", type=Path, help="folder of a run, or a bundle")
+    sub.add_argument("--data", type=Path, required=True, help="data set with test images")
+    sub.add_argument("--published", action="store_true", help="pixel F1 and AUPRO as published tables have them")
+    sub.add_argument("--report", type=Path, help="write an HTML report here")
+    sub.add_argument("--json", type=Path, help="write the metrics here as JSON")
+    sub.add_argument("--csv", type=Path, help="write the metrics here as CSV")
+
+    sub = command("export", export, "write the bundle of a training run")
+    sub.add_argument("run", type=Path, help="folder of the run")
+    sub.add_argument("--out", type=Path, required=True, help="bundle to write, such as line3.omniad")
+    sub.add_argument("--fp16", action="store_true", help="store weights in fp16 and add the fp16 graph")
+    sub.add_argument("--data", type=Path, help="the data set, if it is no longer where it was trained from")
+
+    sub = command("calibrate", calibrate, "set a bundle's thresholds from good parts")
+    sub.add_argument("bundle", type=Path)
+    sub.add_argument(
+        "--good", type=Path, required=True, help="PRODUCT/good/* folders; images trained on are left out"
+    )
+    sub.add_argument(
+        "--max-false-reject",
+        type=share,
+        help="false rejects wanted at most, such as 0.5%%; without it the highest good score is the threshold",
+    )
+    sub.add_argument("--confidence", type=share, default="95%", help="that the wish holds")
+
+    sub = command("threshold", threshold, "set one product's threshold by hand")
+    sub.add_argument("bundle", type=Path)
+    sub.add_argument("--product", required=True)
+    sub.add_argument("value", type=float, help="parts that score higher are defective")
+
+    sub = command("predict", predict, "give verdicts on images")
+    sub.add_argument("bundle", type=Path)
+    sub.add_argument("images", type=Path, help="an image or a folder")
+    sub.add_argument("--product", help="whose threshold applies; default: the strictest")
+    sub.add_argument("--save", type=Path, help="folder for pictures with heatmap, and results.jsonl")
+    sub.add_argument("--json", action="store_true", help="print one JSON object a line")
+    sub.add_argument("--backend", default="auto", help="auto, onnxruntime or openvino")
+    sub.add_argument("--precision", default="auto", help="auto, fp32 or bf16")
+
+    sub = command("info", info, "print what a bundle holds")
+    sub.add_argument("bundle", type=Path)
+    sub.add_argument("--json", action="store_true", help="print the manifest")
+
+    sub = command("demo", demo, "train, calibrate, export and inspect a small generated product line")
+    sub.add_argument("--out", type=Path, default=Path("demo"), help="folder for everything it makes")
+    return top
+
+
+def share(text: str) -> float:
+    """ "0.5%" or "0.005" -> 0.005"""
+    value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    if not 0 <= value < 1:
+        raise ValueError(text)
+    return value
+
+
+def image_size(text: str) -> tuple[int, int]:
+    height, _, width = text.partition("x")
+    return int(height), int(width or height)
+
+
+def require(package: str, extra: str) -> None:
+    if importlib.util.find_spec(package) is None:
+        raise MissingDependencyError(package, extra)
+
+
+def train(options: argparse.Namespace) -> None:
+    require("torch", "train")
+    from dataclasses import replace
+
+    from . import model
+    from .train import train
+
+    config = model.PRESETS[options.preset]
+    if options.size:
+        config = replace(config, height=options.size[0], width=options.size[1])
+    try:
+        result = train(
+            options.data,
+            options.out,
+            config,
+            epochs=options.epochs,
+            backbone_weights=options.backbone_weights,
+            batch_size=options.batch_size,
+            holdout=options.holdout,
+            validate_every=options.validate_every,
+            seed=options.seed,
+            cache_features=options.cache_features,
+            on_broken="skip" if options.skip_broken else "stop",
+            resume=options.resume,
+            device=options.device,
+        )
+    except KeyboardInterrupt:
+        console.print(f"interrupted; go on with the same command and --resume ({options.out})")
+        raise
+    held_out = "" if result.val_loss is None else f", held out {result.val_loss:.4f}"
+    print(f"{result.checkpoint}: epoch {result.best_epoch}, loss {result.loss:.4f}{held_out}")
+
+
+def evaluate(options: argparse.Namespace) -> None:
+    from . import evaluate, report
+
+    evaluation = evaluate.evaluate_model(options.model, options.data, options.published)
+    Console().print(report.metrics_table(evaluation.metrics))
+    if options.json:
+        report.write_metrics_json(options.json, evaluation.metrics, evaluation.facts)
+    if options.csv:
+        report.write_metrics_csv(options.csv, evaluation.metrics)
+    if options.report:
+        evaluate.report_evaluation(options.report, f"Evaluation of {options.model}", evaluation)
+
+
+def export(options: argparse.Namespace) -> None:
+    for package in ("torch", "onnx"):
+        require(package, "train")
+    from .export.bundle_export import export_bundle
+
+    made = export_bundle(options.run, options.out, options.fp16, options.data, print_parity)
+    for product, calibration in made.calibrations.items():
+        print_calibration(product, calibration)
+    print(f"{made.path}: {made.size_bytes / 1e6:.1f} MB, {'fp16' if options.fp16 else 'fp32'}")
+
+
+def calibrate(options: argparse.Namespace) -> None:
+    from .evaluate import calibrate_bundle
+
+    calibrations, left_out = calibrate_bundle(
+        options.bundle, options.good, options.max_false_reject, options.confidence
+    )
+    if left_out:
+        console.print(f"left out {left_out} images that the model was trained on: their scores run low")
+    for product, calibration in calibrations.items():
+        print_calibration(product, calibration)
+
+
+def threshold(options: argparse.Namespace) -> None:
+    from .bundle import read_bundle, set_thresholds
+    from .errors import InputError
+
+    products = read_bundle(options.bundle).products
+    if options.product not in products:
+        raise InputError(f"product: expected one of {', '.join(products)}; got {options.product!r}")
+    old = products[options.product]
+    set_thresholds(options.bundle, {options.product: old.with_threshold(options.value)}, "set by hand")
+    print(f"{options.product}: threshold {old.threshold:.6g} -> {options.value:.6g}")
+
+
+def predict(options: argparse.Namespace) -> int:
+    import cv2
+
+    from .detector import Detector
+    from .errors import InputError
+    from .files import atomic_write
+    from .image import list_images, read_image
+
+    paths = list_images(options.images)
+    detector = Detector(options.bundle, options.backend, options.precision)
+    root = options.images if options.images.is_dir() else options.images.parent
+    counts = {"good": 0, "defective": 0, "unreadable": 0}
+    lines = []
+    for path in paths:
+        try:
+            frame = read_image(path)
+        except InputError as exc:
+            counts["unreadable"] += 1
+            console.print(f"error: {exc}", markup=False, soft_wrap=True)
+            continue
+        result = detector(frame, options.product)
+        counts[result.pred_label] += 1
+        line = json.dumps({"path": str(path), **result.to_dict()})
+        assumed = " (assumed)" if result.product_assumed else ""
+        print(
+            line
+            if options.json
+            else f"{path}  {result.pred_label}  {result.pred_score:.4f} / {result.threshold:.4f}  "
+            f"{result.product}{assumed}  {result.speed_ms['total']:.1f} ms",
+            flush=True,
+        )
+        if options.save:
+            lines.append(line)
+            picture = options.save / path.relative_to(root).with_suffix(".jpg")
+            picture.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_write(picture) as part:
+                part.write_bytes(cv2.imencode(".jpg", result.draw(frame))[1].tobytes())
+    if options.save:
+        with atomic_write(options.save / "results.jsonl") as part:
+            part.write_text("".join(f"{line}\n" for line in lines))
+    summary = ", ".join(f"{count} {what}" for what, count in counts.items())
+    console.print(f"{len(paths)} images: {summary} ({detector.backend} {detector.precision})")
+    return 1 if counts["unreadable"] else 0
+
+
+def info(options: argparse.Namespace) -> None:
+    from .bundle import read_bundle
+
+    bundle = read_bundle(options.bundle)
+    manifest = bundle.manifest
+    if options.json:
+        print(json.dumps(manifest, indent=2))
+        return
+    print(f"{options.bundle}: schema {manifest['schema']}, made {manifest['created']}, {bundle.precision}")
+    print(f"input       {bundle.width} x {bundle.height}")
+    for title in ("model", "versions"):
+        print(f"{title:<11} " + ", ".join(f"{name} {value}" for name, value in manifest[title].items()))
+    for product, calibration in bundle.products.items():
+        print_calibration(product, calibration)
+    for name, report in manifest["parity"].get("engines", {}).items():
+        print_parity(name, report)
+    for name, part in manifest["parts"].items():
+        print(f"part        {name}, {part['bytes']} bytes, sha256 {part['sha256']}")
+    for change in manifest["history"]:
+        print(
+            f"{change['time']}  {change['action']}: {change['product']} "
+            f"{change['old_threshold']:.6g} -> {change['new_threshold']:.6g}"
+        )
+
+
+def demo(options: argparse.Namespace) -> None:
+    for package in ("torch", "onnx"):
+        require(package, "train")
+    from .demo import run_demo
+
+    run_demo(options.out)
+
+
+def print_parity(name: str, report: dict) -> None:
+    verdict = "passed" if report["passed"] else "FAILED: " + "; ".join(report["failures"])
+    values = {k: v for k, v in report["measured"].items() if v is not None}
+    measured = ", ".join(f"{what.replace('_', ' ')} {value:.2g}" for what, value in values.items())
+    print(f"parity      {name} on {report['images']} images: {verdict} ({measured})")
+
+
+def print_calibration(product: str, calibration) -> None:
+    text = f"threshold   {product}: {calibration.threshold:.6g}"
+    if calibration.false_reject_bound is None:
+        print(f"{text}, set by hand")
+        return
+    print(
+        f"{text}, at most {100 * calibration.false_reject_bound:.2g} % false rejects at "
+        f"{100 * calibration.confidence:g} % confidence, from {calibration.n_good} good images"
+    )
