@@ -119,7 +119,7 @@ class Detector:
         return min(self.calibrations, key=lambda name: self.calibrations[name].threshold)
 
     def known_product(self, product: str) -> str:
-        if product not in self.calibrations:
+        if product not in self.products:
             raise InputError(f"product: expected one of {', '.join(self.products)}; got {product!r}")
         return product
 

@@ -77,14 +77,14 @@ class OpenVinoEngine:
         self.requests = threading.local()
 
     def run(self, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        # One request per thread: a request is not thread-safe, and making one costs more than a small image.
-        if not hasattr(self.requests, "own"):
-            self.requests.own = self.compiled.create_infer_request()
         try:
+            # One per thread: a request is not thread-safe, and making one costs more than a small image.
+            if not hasattr(self.requests, "own"):
+                self.requests.own = self.compiled.create_infer_request()
             outputs = self.requests.own.infer({"pixels": pixels})
+            return outputs["anomaly_map"].copy(), outputs["pred_score"].copy()
         except Exception as exc:
             raise EngineError(f"OpenVINO failed on pixels {pixels.shape}: {exc}") from exc
-        return outputs["anomaly_map"].copy(), outputs["pred_score"].copy()
 
 
 def open_engine(
@@ -100,21 +100,26 @@ def open_engine(
         raise InputError(f"backend: expected auto, {' or '.join(BACKENDS)}; got {backend!r}")
     if precision not in ("auto", *PRECISIONS):
         raise InputError(f"precision: expected auto, {' or '.join(PRECISIONS)}; got {precision!r}")
+    if threads is not None and (type(threads) is not int or threads < 1):
+        raise InputError(f"threads: expected a whole number from 1 on, or None; got {threads!r}")
     if backend == "onnxruntime" and precision == "bf16":
         raise EngineError("ONNX Runtime computes in fp32 on CPUs; for bf16 use backend='openvino'")
-    against = objection_to_bf16(bundle)
-    if precision == "bf16" and against:
-        raise EngineError(f"precision bf16: {against}")
     model = bundle.onnx("cpu")
-    bf16 = precision != "fp32" and not against
-    if bf16 and backend != "onnxruntime":
+    if backend == "onnxruntime" or (backend == "auto" and precision == "fp32"):
+        return OnnxRuntimeEngine(model, threads, "ONNX Runtime in fp32: asked for")
+    if backend == "openvino" or precision == "bf16":
+        import_openvino()  # asked for: it is an error if it is missing, not an objection
+    if precision == "fp32":
+        return OpenVinoEngine(model, "fp32", threads, "OpenVINO in fp32: asked for")
+    against = objection_to_bf16(bundle)
+    if not against:
         reason = "OpenVINO in bf16: this CPU has it and the bundle passed the parity gate in it"
         return OpenVinoEngine(model, "bf16", threads, reason)
+    if precision == "bf16":
+        raise EngineError(f"precision bf16: {against}")
     if backend == "openvino":
-        reason = f"OpenVINO in fp32: {'asked for' if precision == 'fp32' else f'not bf16, because {against}'}"
-        return OpenVinoEngine(model, "fp32", threads, reason)
-    why = "asked for" if backend == "onnxruntime" or precision == "fp32" else f"not OpenVINO, because {against}"
-    return OnnxRuntimeEngine(model, threads, f"ONNX Runtime in fp32: {why}")
+        return OpenVinoEngine(model, "fp32", threads, f"OpenVINO in fp32: not bf16, because {against}")
+    return OnnxRuntimeEngine(model, threads, f"ONNX Runtime in fp32: not OpenVINO, because {against}")
 
 
 def objection_to_bf16(bundle: Bundle) -> str:
@@ -124,10 +129,11 @@ def objection_to_bf16(bundle: Bundle) -> str:
             return "this CPU does not have bf16"
     except MissingDependencyError as exc:
         return str(exc)
-    report = bundle.manifest["parity"].get("engines", {}).get("openvino bf16")
-    if report is None:
+    try:
+        passed = bundle.manifest["parity"]["engines"]["openvino bf16"]["passed"]
+    except (KeyError, TypeError):  # the parity report's shape is not checked in reading
         return "the bundle was not tested in bf16 when it was exported (OpenVINO or the CPU's bf16 was missing)"
-    return "" if report["passed"] else "the bundle failed the parity gate in bf16 (see omniad info)"
+    return "" if passed is True else "the bundle failed the parity gate in bf16 (see omniad info)"
 
 
 def cpu_has_bf16() -> bool:

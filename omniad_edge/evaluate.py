@@ -137,13 +137,13 @@ def words(facts: dict) -> dict[str, str]:
 
 
 def held_out_samples(data: Path, holdout: list[str]) -> list[Sample]:
-    """The good images of `data` that training held out; all good images if it held out none.
+    """The good images of `data` that training held out; all good ones of a product of which it held out none.
 
     holdout: paths relative to the data set. Raises DataError if one is not there.
     """
+    if not data.is_dir():
+        raise DataError(f"{data}: the data set that was trained on is not there; give its new place with --data")
     samples = find_samples(data, "train")
-    if not holdout:
-        return samples
     wanted = {(data / path).resolve() for path in holdout}
     found = [sample for sample in samples if sample.path.resolve() in wanted]
     if len(found) < len(wanted):
@@ -151,7 +151,8 @@ def held_out_samples(data: Path, holdout: list[str]) -> list[Sample]:
             f"{data}: {len(wanted) - len(found)} of the {len(wanted)} images held out of training are not there; "
             "give the data set that was trained on with --data"
         )
-    return found
+    covered = {sample.product for sample in found}  # not those of a single image, which is trained on
+    return [s for s in samples if s.product not in covered or s.path.resolve() in wanted]
 
 
 @dataclass(frozen=True)

@@ -93,12 +93,13 @@ class Neck(nn.Module):
         self.fuse = ConvNorm(c2, c2, 1)
         first = Bottleneck(c2, 2 * c2, c2 // 2, stride=2)
         self.blocks = nn.Sequential(first, *(Bottleneck(2 * c2, 2 * c2, c2 // 2) for _ in range(2)))
+        self.draw_noise = draw_noise  # another where several processes share a batch
 
     def forward(self, f0: Tensor, f1: Tensor, f2: Tensor) -> Tensor:
         a = self.down0(f0) + self.lateral1(f1)
         b = self.down1(a) + self.lateral2(f2)
         x = self.blocks(self.fuse(b))
-        return add_jitter(x) if self.training else x
+        return add_jitter(x, self.draw_noise(x)) if self.training else x
 
 
 class ConvNorm(nn.Module):
@@ -113,10 +114,15 @@ class ConvNorm(nn.Module):
         return F.relu(self.norm(self.conv(x)))
 
 
-def add_jitter(x: Tensor) -> Tensor:
+def draw_noise(x: Tensor) -> Tensor:
+    """Normal noise, as x; other than randn_like's it does not depend on x's memory layout."""
+    return torch.randn(x.shape, dtype=x.dtype, device=x.device)
+
+
+def add_jitter(x: Tensor, noise: Tensor) -> Tensor:
     """Noise in proportion to each position's feature norm (paper III-C), so that copying does not pay."""
     norm = x.norm(dim=1, keepdim=True) / x.shape[1]
-    return x + torch.randn_like(x) * norm * JITTER
+    return x + noise * norm * JITTER
 
 
 class QueryAttention(nn.Module):

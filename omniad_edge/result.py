@@ -1,13 +1,13 @@
 """From an anomaly map to a verdict with its evidence."""
 
 from dataclasses import asdict, dataclass, field
-from math import ceil, floor
 
 import cv2
 import numpy as np
 
 from .calibration import Calibration
-from .errors import InputError
+from .errors import EngineError, InputError
+from .image import check_frame
 
 SCHEMA = 1  # of Result.to_dict
 GOOD, DEFECTIVE = "good", "defective"
@@ -31,7 +31,7 @@ class Region:
     peak_y: int
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # arrays have no one truth value; two results are equal if they are the same
 class Result:
     """The verdict on one frame.
 
@@ -81,21 +81,23 @@ class Result:
         The same value has the same colour in every image of a product, so good parts do not glow.
         """
         low = self.map_floor if self.map_floor < self.threshold else 0.0
-        scale = max(2 * (self.threshold - low), np.finfo(np.float32).tiny)
-        return np.clip((self.anomaly_map - np.float32(low)) / np.float32(scale), 0, 1)
+        scale = max(2 * (self.threshold - low), float(np.finfo(np.float32).smallest_subnormal))
+        # In float64, where a value at the threshold gives 0.5 exactly.
+        return np.clip((self.anomaly_map.astype(np.float64) - low) / scale, 0, 1).astype(np.float32)
 
     def draw(self, frame: np.ndarray) -> np.ndarray:
         """frame (H, W, 3) uint8 BGR, the one inspected -> a copy with heatmap, mask outline and verdict."""
-        if getattr(frame, "shape", None) != (self.frame_height, self.frame_width, 3):
+        check_frame(frame)
+        if frame.shape[:2] != (self.frame_height, self.frame_width):
             raise InputError(
                 f"draw: expected the inspected frame, ({self.frame_height}, {self.frame_width}, 3); "
-                f"got {getattr(frame, 'shape', type(frame).__name__)}"
+                f"got {frame.shape}"
             )
         size = (self.frame_width, self.frame_height)
         heat = cv2.resize(self.heatmap(), size, interpolation=cv2.INTER_LINEAR)
         colour = cv2.applyColorMap((255 * heat).astype(np.uint8), cv2.COLORMAP_TURBO)
-        weight = (0.7 * np.minimum(2 * heat, 1))[..., None]
-        picture = (frame * (1 - weight) + colour * weight).astype(np.uint8)
+        weight = 0.7 * np.minimum(2 * heat, 1)
+        picture = cv2.blendLinear(frame, colour, 1 - weight, weight)
         mask = cv2.resize(self.pred_mask.astype(np.uint8), size, interpolation=cv2.INTER_NEAREST)
         outlines, _ = cv2.findContours(mask, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
         line_px = max(1, round(min(size) / 200))
@@ -113,13 +115,18 @@ def decide(
 ) -> dict:
     """The fields of a Result that follow from the map: label, score, threshold, mask, regions.
 
-    anomaly_map: (H, W) float32; pred_score: its maximum. Raises InputError if the score is not finite.
+    anomaly_map: (H, W) float32; pred_score: its maximum. Raises EngineError if a value is not finite.
     """
     score, threshold = float(pred_score), calibration.threshold
-    if not np.isfinite(score):
-        raise InputError(f"anomaly map: expected finite values, got a score of {score}")
+    # The map too: an engine's maximum may pass over NaN, and such a frame must not come out as good.
+    if not (np.isfinite(score) and np.isfinite(anomaly_map).all()):
+        raise EngineError(
+            f"anomaly map: expected finite values; got {np.count_nonzero(~np.isfinite(anomaly_map))} others and "
+            f"a score of {score}; the model or its engine is broken: export again, or try another precision"
+        )
     # In float64, as the score: float32 would round the threshold and could call a frame defective without mask.
-    pred_mask = anomaly_map > np.float64(threshold)
+    # Cast by hand, as NumPy 1 would compare an array with a number in the array's precision.
+    pred_mask = anomaly_map.astype(np.float64) > threshold
     return {
         "pred_label": DEFECTIVE if score > threshold else GOOD,
         "pred_score": score,
@@ -140,23 +147,27 @@ def find_regions(
     if not pred_mask.any():
         return ()
     count, labels, stats, _ = cv2.connectedComponentsWithStats(pred_mask.astype(np.uint8), connectivity=8)
-    sy, sx = frame_height / pred_mask.shape[0], frame_width / pred_mask.shape[1]
+    peaks = np.full(count, -np.inf, np.float32)
+    np.maximum.at(peaks, labels[pred_mask], anomaly_map[pred_mask])
+    map_height, map_width = pred_mask.shape
     regions = []
-    for label in range(1, count):
+    for label in 1 + np.argsort(-peaks[1:], kind="stable")[:MAX_REGIONS]:
         x, y, w, h, area = (int(v) for v in stats[label])
         inside = np.where(labels[y : y + h, x : x + w] == label, anomaly_map[y : y + h, x : x + w], -np.inf)
-        row, column = np.unravel_index(inside.argmax(), inside.shape)
-        left, top = floor(x * sx), floor(y * sy)
+        row, column = divmod(int(inside.argmax()), w)
+        # Whole numbers: x * (frame_width / map_width) may end an ulp beside a whole pixel.
+        left, top = x * frame_width // map_width, y * frame_height // map_height
+        right, bottom = -(-(x + w) * frame_width // map_width), -(-(y + h) * frame_height // map_height)
         regions.append(
             Region(
                 x=left,
                 y=top,
-                width=min(ceil((x + w) * sx), frame_width) - left,
-                height=min(ceil((y + h) * sy), frame_height) - top,
-                area_px=max(1, round(area * sx * sy)),
+                width=right - left,
+                height=bottom - top,
+                area_px=max(1, round(area * frame_width * frame_height / (map_width * map_height))),
                 peak_score=float(inside[row, column]),
-                peak_x=min(int((x + column + 0.5) * sx), frame_width - 1),
-                peak_y=min(int((y + row + 0.5) * sy), frame_height - 1),
+                peak_x=(2 * (x + column) + 1) * frame_width // (2 * map_width),
+                peak_y=(2 * (y + row) + 1) * frame_height // (2 * map_height),
             )
         )
-    return tuple(sorted(regions, key=lambda region: -region.peak_score)[:MAX_REGIONS])
+    return tuple(regions)

@@ -1,0 +1,295 @@
+"""Training: good images of one or several products -> one checkpoint.
+
+Source: paper III-C. The teacher is frozen; the neck and the decoder learn to reconstruct its features.
+An epoch's order and noise depend on (seed, epoch) only, so that on one machine a resumed run equals the
+uninterrupted one bit for bit.
+"""
+
+import math
+import platform
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grad_norm_
+from torch.optim import AdamW
+
+from .distributed import World, mean_of_losses, processes, share
+from .errors import InputError, TrainingError
+from .model import ModelConfig, OmniAD, normalise, reconstruction_loss
+from .progress import Report, counting, progress_display, say
+from .run_folder import RunFolder, State, trained
+from .training_images import check_memory, describe_images, load_good_images, split_holdout
+from .weights import load_backbone
+
+LEARNING_RATE = 1e-3
+LR_DROP, LR_DROP_AT = 0.1, 0.8  # times this, after this part of the epochs
+BETAS = (0.9, 0.999)
+WEIGHT_DECAY = 1e-4
+CLIP_NORM = 5.0
+CHECK_EVERY = 20  # steps; reading a loss makes the CPU wait for the GPU
+
+
+@dataclass(frozen=True)
+class TrainingResult:
+    """checkpoint: the best measured model, of `best_epoch`; val_loss: its loss on held-out images, if any.
+
+    loss: mean of the last epoch; trained_on, held_out, broken: numbers of images; seconds: of all epochs.
+    """
+
+    checkpoint: Path
+    best_epoch: int
+    val_loss: float | None
+    loss: float
+    trained_on: int
+    held_out: int
+    broken: int
+    seconds: float
+
+
+def train(
+    data: str | Path,
+    out: str | Path,
+    config: ModelConfig,
+    *,
+    epochs: int = 500,
+    backbone_weights: str = "imagenet",
+    batch_size: int = 16,
+    holdout: float = 0.1,
+    validate_every: int = 0,
+    seed: int = 42,
+    cache_features: bool = False,
+    on_broken: str = "stop",
+    resume: bool = False,
+    device: str = "auto",
+    progress: Report | None = None,
+) -> TrainingResult:
+    """Train one network on the good images of every product in `data`; the files in `out` are RunFolder's.
+
+    epochs: 500 in the paper for MVTec AD and VisA, 100 for Real-IAD.
+    backbone_weights: "imagenet", a file, or "none" (see load_backbone).
+    batch_size: images per step and process. An incomplete last batch is left out, as the published loader
+        does; where there are fewer images than a batch, all of them are the batch.
+    holdout: part of each product's images that is never trained on, at least one of two; 0 for none.
+    validate_every: epochs between measurements of the loss on held-out images; 0: after the last only. The
+        best of the measured epochs is kept, or without held-out images the last.
+    cache_features: compute the teacher's features once and keep them in memory; equal to rounding.
+    on_broken: "stop" at an image that cannot be read, or "skip" it.
+    resume: go on with the run in `out`; settings and images must be the same (device and cache may differ).
+    device: "auto" (CUDA if there is one), "cpu", "cuda", or one of several, as "cuda:1".
+    progress: gets a dict with epoch, epochs, step, steps, loss, lr, at an epoch's end also seconds and, where
+        measured, val_loss; None: shown on stderr.
+
+    Under torchrun all processes train one model, equal to one process with the whole batch. Seeds torch's
+    global generator. Raises DataError, DownloadError, BundleError, InputError for bad arguments, and
+    TrainingError: `out` holds another run, memory is too small, the loss is not finite.
+    """
+    if not 0 <= holdout < 1:
+        raise InputError(f"holdout: expected a part from 0 up to, not including, 1; got {holdout}")
+    settings = {
+        "model": config.to_dict(),
+        "data": str(Path(data).resolve()),
+        "epochs": at_least(1, epochs, "epochs"),
+        "backbone_weights": backbone_weights,
+        "batch_size": at_least(1, batch_size, "batch_size"),
+        "holdout_fraction": holdout,
+        "validate_every": at_least(0, validate_every, "validate_every"),
+        "seed": at_least(0, seed, "seed"),
+    }
+    with processes(device) as world:
+        facts = settings | {"processes": world.size}
+        run = RunFolder(Path(out))
+        run.check(facts, resume)  # before minutes of reading
+        shown = progress is None and world.rank == 0
+        images = load_good_images(
+            settings["data"], config.height, config.width, on_broken, world.local_size, shown
+        )
+        training, held_out = split_holdout(images.samples, holdout, seed)
+        torch.manual_seed(seed)
+        model = OmniAD(config)
+        if world.rank == 0:  # the others get its weights, and write nothing
+            facts |= describe_images(images.samples, training, held_out, settings["data"])
+            run.check(facts, resume)
+            facts["backbone"] = load_backbone(model.teacher, config.backbone, backbone_weights)
+            facts["versions"] = versions()
+        trainer = Trainer(model, images.pixels, training, held_out, batch_size, world)
+        state = run.load(model, trainer.optimizer) if resume else State()
+        if cache_features:
+            trainer.cache_features(shown)
+        with progress_display() if shown else nullcontext(progress or (lambda report: None)) as report:
+            fit(trainer, run, state, facts, report)
+    return TrainingResult(
+        checkpoint=run.checkpoint,
+        best_epoch=state.best_epoch,
+        val_loss=state.val_loss,
+        loss=state.loss,
+        trained_on=len(training),
+        held_out=len(held_out),
+        broken=len(images.broken),
+        seconds=state.seconds,
+    )
+
+
+def fit(trainer: "Trainer", run: RunFolder, state: State, facts: dict, report: Report) -> None:
+    """Train the epochs that `state` still lacks, and write each down in the run's folder."""
+    epochs, every, writes = facts["epochs"], facts["validate_every"], trainer.world.rank == 0
+    try:
+        for epoch in range(state.epoch + 1, epochs + 1):
+            started = time.monotonic()
+            lr = LEARNING_RATE * (LR_DROP if epoch > LR_DROP_AT * epochs else 1)
+            record = {"epoch": epoch, "lr": lr}
+            torch.manual_seed(facts["seed"] + 1_000_003 * epoch)  # hence no generator's state is saved
+            for step, loss in trainer.epoch(lr):
+                record["loss"] = loss
+                report(record | {"epochs": epochs, "step": step, "steps": trainer.steps})
+            measured = epoch == epochs or (every > 0 and epoch % every == 0)
+            if measured and len(trainer.held_out):
+                record["val_loss"] = trainer.validation_loss()
+            record["seconds"] = round(time.monotonic() - started, 3)
+            state.add(record, trainer.steps, measured)
+            if writes:
+                run.write(trainer.model, trainer.optimizer, state, record, facts, last=epoch == epochs)
+            report(record | {"epochs": epochs, "step": step, "steps": trainer.steps})
+    except FloatingPointError as exc:
+        raise TrainingError(f"epoch {epoch}: {exc}; {run.last} holds epoch {run.saved_epoch}") from exc
+    except KeyboardInterrupt:
+        if writes:
+            say(f"interrupted in epoch {epoch}; {run.last} holds epoch {run.saved_epoch}: resume from there")
+        raise
+
+
+class Trainer:
+    """The network, its optimiser and its images.
+
+    pixels: (N, H, W, 3) uint8 RGB; training, held_out: indices into it; batch_size: images per process.
+    """
+
+    def __init__(
+        self,
+        model: OmniAD,
+        pixels: np.ndarray,
+        training: np.ndarray,
+        held_out: np.ndarray,
+        batch_size: int,
+        world: World,
+    ) -> None:
+        if world.size > 1 and len(training) < batch_size * world.size:
+            raise TrainingError(
+                f"{world.size} processes with batches of {batch_size} need {batch_size * world.size} images "
+                f"to train on; there are {len(training)}: use smaller batches or fewer processes"
+            )
+        self.world = world
+        self.pixels = torch.from_numpy(pixels)
+        self.training, self.held_out = torch.from_numpy(training), torch.from_numpy(held_out)
+        self.cached: list[Tensor] | None = None
+        self.batch_size = min(batch_size * world.size, len(training))  # of all processes
+        self.steps = len(training) // self.batch_size  # per epoch
+        self.on_gpu = world.device.type == "cuda"
+        self.layout = torch.channels_last if self.on_gpu else torch.contiguous_format
+        self.model = model.to(world.device, memory_format=self.layout)
+        self.student = share(self.model, world)
+        self.parameters = list(trained(model).values())
+        self.optimizer = AdamW(self.parameters, LEARNING_RATE, BETAS, weight_decay=WEIGHT_DECAY, fused=True)
+
+    def epoch(self, lr: float) -> Iterator[tuple[int, float]]:
+        """One pass over the training images in random order.
+
+        Yields the step and the mean loss so far, every CHECK_EVERY steps and after the last.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.model.train()
+        order = torch.randperm(len(self.training))
+        each = self.batch_size // self.world.size
+        losses, total = [], 0.0
+        for step in range(1, self.steps + 1):
+            start = (step - 1) * self.batch_size + self.world.rank * each
+            losses.append(self.step(order[start : start + each]))
+            if len(losses) == CHECK_EVERY or step == self.steps:
+                total += self.finite_sum(losses, step)
+                losses = []
+                yield step, total / step
+
+    def step(self, rows: Tensor) -> Tensor:
+        """One step on these training images; the loss, nan if the gradient is not finite."""
+        with self.autocast():
+            teacher = self.teacher(rows)
+            loss = reconstruction_loss(teacher, self.student(*teacher))
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = clip_grad_norm_(self.parameters, CLIP_NORM)
+        self.optimizer.step()
+        return torch.where(norm.isfinite(), loss.detach(), torch.nan)
+
+    def finite_sum(self, losses: list[Tensor], step: int) -> float:
+        """Sum of the last losses, up to `step`, each the mean over all processes."""
+        values = mean_of_losses(torch.stack(losses), self.world).tolist()
+        for index, value in enumerate(values, step - len(values) + 1):
+            if not math.isfinite(value):
+                raise FloatingPointError(f"loss or gradient is not finite in step {index} of {self.steps}")
+        return sum(values)
+
+    @torch.no_grad()
+    def validation_loss(self) -> float:
+        """Mean reconstruction loss of the held-out images. Every process computes it, to the same result."""
+        self.model.eval()
+        total = 0.0
+        for rows in self.held_out.split(self.batch_size):
+            with self.autocast():
+                teacher = self.see(rows)
+                total += reconstruction_loss(teacher, self.model.student(teacher)).item() * len(rows)
+        if not math.isfinite(total):
+            raise FloatingPointError("the loss on held-out images is not finite")
+        return total / len(self.held_out)
+
+    @torch.no_grad()
+    def cache_features(self, shown: bool = False) -> None:
+        """Compute the teacher's features of all training images; TrainingError if memory is too small."""
+        shapes = [f.shape[1:] for f in self.see(self.training[:1])]
+        n = len(self.training)
+        needed = n * sum(shape.numel() for shape in shapes) * 4
+        check_memory(f"the features of {n} images", needed, self.world.local_size)
+        cached = [torch.empty(n, *shape) for shape in shapes]
+        with counting("teacher's features", n) if shown else nullcontext(lambda done: None) as progress:
+            for rows in torch.arange(n).split(self.batch_size):
+                for store, feature in zip(cached, self.see(self.training[rows]), strict=True):
+                    store[rows] = feature.float().cpu()
+                progress(int(rows[-1]) + 1)
+        self.cached = cached
+
+    @torch.no_grad()
+    def teacher(self, rows: Tensor) -> tuple[Tensor, ...]:
+        """The teacher's features of these training images."""
+        if self.cached is None:
+            return self.see(self.training[rows])
+        return tuple(f[rows].to(self.world.device, memory_format=self.layout) for f in self.cached)
+
+    def see(self, images: Tensor) -> tuple[Tensor, ...]:
+        """The teacher's features of these images."""
+        x = normalise(self.pixels[images].to(self.world.device), self.parameters[0])
+        with self.autocast():
+            return self.model.teacher(x.contiguous(memory_format=self.layout))
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.on_gpu)
+
+
+def at_least(least: int, value: int, name: str) -> int:
+    if not isinstance(value, int) or value < least:
+        raise InputError(f"{name}: expected a whole number from {least} on; got {value!r}")
+    return value
+
+
+def versions() -> dict[str, str]:
+    return {
+        "omniad-edge": version("omniad-edge"),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+    }
