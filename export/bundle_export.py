@@ -8,14 +8,12 @@ from importlib.metadata import PackageNotFoundError, version
 from itertools import groupby
 from pathlib import Path
 
-import torch
-
 from ..bundle import write_bundle
 from ..calibration import Calibration
 from ..data import Images, Sample, find_samples, load_images
 from ..engine import OnnxRuntimeEngine, OpenVinoEngine, cpu_has_bf16
 from ..errors import ExportError, MissingDependencyError
-from ..evaluate import Predict, Predictions, calibrate_products, held_out_samples, predict_images
+from ..evaluate import Predictions, calibrate_products, held_out_samples, predict_images
 from ..kernels.fold import fold
 from ..model import OmniAD
 from ..weights import load_run
@@ -108,7 +106,7 @@ def pass_gate(
     model: OmniAD, images: Images, parts: dict[str, bytes], report: Callable[[str, dict], None] | None
 ) -> tuple[dict[str, dict], Predictions]:
     """Reports of all engines, and the predictions of the default one, ONNX Runtime."""
-    reference = predict_images(torch_predict(model), images)
+    reference = predict_images(model.predict, images)
     reports, failures, default = {}, [], None
     for name, precision, predict in candidates(parts):
         predictions = predict_images(predict, images)
@@ -138,16 +136,6 @@ def candidates(parts: dict[str, bytes]):
         return
     for precision in precisions:
         yield f"openvino {precision}", precision, OpenVinoEngine(model, precision).run
-
-
-def torch_predict(model: OmniAD) -> Predict:
-    """The trained network in fp32, as evaluation and the gate call it."""
-
-    def predict(pixels):
-        anomaly_maps, pred_scores = model.predict(torch.from_numpy(pixels).to(next(model.parameters()).device))
-        return anomaly_maps.cpu().numpy(), pred_scores.cpu().numpy()
-
-    return predict
 
 
 def first(predictions: Predictions, count: int) -> Predictions:

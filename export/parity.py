@@ -13,7 +13,7 @@ class Limits:
     """How far an engine may be from the trained network.
 
     map_error:        largest difference of an anomaly map's value
-    score_error:      largest difference of a score, in standard deviations of all scores
+    score_error:      largest difference of a score, in standard deviations of all scores, where they differ
     verdict_flips:    share of images with another verdict, each side with thresholds from its own scores
     auroc_difference: of the image AUROC, where there are good and defective images
     """
@@ -36,15 +36,13 @@ LIMITS = {
 def compare(reference: Predictions, engine: Predictions, precision: str) -> dict:
     """The gate's report on one engine: measured values, limits, `passed`, and `failures` in words. JSON-safe."""
     limits = asdict(LIMITS[precision])
-    finite = bool(np.isfinite(engine.anomaly_maps).all() and np.isfinite(engine.pred_scores).all())
     report = {"images": len(reference.pred_scores), "limits": limits, "measured": {}}
-    if not finite:
-        return report | {"passed": False, "failures": ["the anomaly map is not finite"]}
-    score_error = np.abs(engine.pred_scores - reference.pred_scores).max()
-    deviation = max(float(reference.pred_scores.std()), float(np.finfo(np.float32).tiny))
+    for predictions, whose in ((reference, "trained network's"), (engine, "engine's")):
+        if not (np.isfinite(predictions.anomaly_maps).all() and np.isfinite(predictions.pred_scores).all()):
+            return report | {"passed": False, "failures": [f"the {whose} anomaly map is not finite"]}
     measured = {
         "map_error": float(np.abs(engine.anomaly_maps - reference.anomaly_maps).max()),
-        "score_error": float(score_error / deviation),
+        "score_error": score_error(reference, engine),
         "verdict_flips": float(np.mean(verdicts(engine) != verdicts(reference))),
         "auroc_difference": auroc_difference(reference, engine),
     }
@@ -54,6 +52,14 @@ def compare(reference: Predictions, engine: Predictions, precision: str) -> dict
         if value is not None and value > limits[name]
     ]
     return report | {"measured": measured, "passed": not failures, "failures": failures}
+
+
+def score_error(reference: Predictions, engine: Predictions) -> float | None:
+    """None where all scores are equal, as those of a single image: they have no deviation to measure by."""
+    deviation = float(reference.pred_scores.std(dtype=np.float64))
+    if deviation == 0:
+        return None
+    return float(np.abs(engine.pred_scores - reference.pred_scores).max() / deviation)
 
 
 def verdicts(predictions: Predictions) -> np.ndarray:

@@ -1,6 +1,5 @@
 """Files from the web, each fetched once: resumed where it was cut, kept only if its checksum is right."""
 
-import hashlib
 import os
 from http.client import HTTPException
 from pathlib import Path
@@ -11,6 +10,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from .errors import DownloadError
+from .files import file_sha256
 
 TIMEOUT_S = 20  # without a byte
 CHUNK_BYTES = 1 << 20
@@ -55,15 +55,6 @@ def fetch(url: str, sha256_prefix: str, cache_dir: str | Path | None = None, siz
         f"{url}: expected a file whose SHA-256 begins with {sha256_prefix}; got {came}. It was not kept; "
         "something between here and the server (a proxy's login page?) changed it"
     )
-
-
-def file_sha256(path: str | Path) -> str:
-    """The SHA-256 of a file's bytes, 64 hex digits."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(CHUNK_BYTES):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _download(url: str, part: Path) -> bool:

@@ -82,7 +82,7 @@ class OpenVinoEngine:
             if not hasattr(self.requests, "own"):
                 self.requests.own = self.compiled.create_infer_request()
             outputs = self.requests.own.infer({"pixels": pixels})
-            return outputs["anomaly_map"].copy(), outputs["pred_score"].copy()
+            return outputs["anomaly_map"], outputs["pred_score"]  # copies: the request's own are written over
         except Exception as exc:
             raise EngineError(f"OpenVINO failed on pixels {pixels.shape}: {exc}") from exc
 

@@ -119,16 +119,14 @@ def open_model(path: Path) -> Model:
         engine = open_engine(bundle)
         facts = bundle.manifest["model"] | {"engine": engine.reason}
         return Model(engine.run, bundle.height, bundle.width, bundle.products, words(facts))
-    from .export.bundle_export import torch_predict
     from .weights import load_run
 
     network, facts = load_run(path)
     config = network.config
     images = load_images(held_out_samples(Path(facts["data"]), facts["holdout"]), config.height, config.width)
-    predict = torch_predict(network)
-    calibrations = calibrate_products(predict_images(predict, images))
+    calibrations = calibrate_products(predict_images(network.predict, images))
     facts = config.to_dict() | {"backbone_weights": facts["backbone"], "engine": "torch in fp32"}
-    return Model(predict, config.height, config.width, calibrations, words(facts))
+    return Model(network.predict, config.height, config.width, calibrations, words(facts))
 
 
 def words(facts: dict) -> dict[str, str]:

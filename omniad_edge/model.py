@@ -11,6 +11,7 @@ Shapes: N batch, C channels, H W rows and columns, T learnable tokens seen as a 
 from dataclasses import asdict, dataclass
 from math import isqrt
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -320,11 +321,13 @@ class OmniAD(nn.Module):
         return features, self.student(features)
 
     @torch.inference_mode()
-    def predict(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    def predict(self, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """pixels (N, H, W, 3) uint8 RGB -> smoothed anomaly_map (N, H, W), pred_score (N,): its maximum."""
         height, width = pixels.shape[1:3]
-        maps = anomaly_map(*self(normalise(pixels, next(self.neck.parameters()))), height, width)
-        return maps, maps.amax((1, 2))
+        like = next(self.parameters())
+        image = normalise(torch.from_numpy(pixels).to(like.device), like)
+        maps = anomaly_map(*self(image), height, width)
+        return maps.cpu().numpy(), maps.amax((1, 2)).cpu().numpy()
 
 
 def normalise(pixels: Tensor, like: Tensor) -> Tensor:

@@ -46,22 +46,22 @@ def _blend(part: Part, mask: np.ndarray, colour: tuple[float, float, float]) -> 
 
 def _scratch(part: Part, product: str, rng: np.random.Generator) -> None:
     size_px = len(part.colour)
-    length, bend, turn = rng.uniform(0.08, 0.18), rng.uniform(-0.2, 0.2), rng.uniform(0, 2 * np.pi)
+    length, bend, turn = rng.uniform(0.16, 0.30), rng.uniform(-0.2, 0.2), rng.uniform(0, 2 * np.pi)
     along = np.linspace(-0.5, 0.5, 24)
     across = bend * (along**2 - 0.1) + np.cumsum(rng.normal(0, 0.003, 24))
-    width = rng.uniform(0.0032, 0.0058) / length * np.sin(np.pi * np.linspace(0.12, 0.88, 24))
+    width = rng.uniform(0.006, 0.010) / length * np.sin(np.pi * np.linspace(0.12, 0.88, 24))
     line = np.stack([np.r_[along, along[::-1]], np.r_[across + width, (across - width)[::-1]]], axis=1)
     rotation = np.array([[np.cos(turn), np.sin(turn)], [-np.sin(turn), np.cos(turn)]])
     groove = soft_polygon(size_px, _somewhere(product, rng, size_px) + length * line @ rotation)
     groove *= part.form[..., 0]
     fresh = {"gear": (0.97, 0.97, 0.96), "board": (0.55, 0.70, 0.74), "cap": (0.86, 0.72, 0.60)}[product]
-    _blend(part, rng.uniform(0.55, 0.8) * groove, fresh)
+    _blend(part, rng.uniform(0.75, 0.95) * groove, fresh)
     part.form[..., 1] -= 0.008 * cv2.GaussianBlur(groove, (0, 0), 0.002 * size_px)
 
 
 def _dent(part: Part, product: str, rng: np.random.Generator) -> None:
     size_px = len(part.colour)
-    radius = rng.uniform(0.025, 0.045)
+    radius = rng.uniform(0.045, 0.075)
     outline = _blob(rng, _somewhere(product, rng, size_px), radius, 0.12)
     bowl = soft_polygon(size_px, outline, 0.35 * radius * size_px) * part.form[..., 0]
     part.form[..., 1] -= rng.uniform(0.4, 0.7) * radius * bowl
@@ -70,12 +70,12 @@ def _dent(part: Part, product: str, rng: np.random.Generator) -> None:
 
 def _stain(part: Part, product: str, rng: np.random.Generator) -> None:
     size_px = len(part.colour)
-    outline = _blob(rng, _somewhere(product, rng, size_px), rng.uniform(0.03, 0.06), 0.35)
+    outline = _blob(rng, _somewhere(product, rng, size_px), rng.uniform(0.055, 0.09), 0.35)
     film = soft_polygon(size_px, outline, 0.004 * size_px)
     film *= 0.8 + 0.2 * np.clip(noise(rng, size_px, 0.012 * size_px, 0.012 * size_px), -1, 1)
     # Rusty oil, dried flux, grease.
     tint = {"gear": (0.12, 0.22, 0.30), "board": (0.42, 0.62, 0.72), "cap": (0.07, 0.08, 0.09)}[product]
-    _blend(part, rng.uniform(0.45, 0.8) * film, tint)
+    _blend(part, rng.uniform(0.6, 0.85) * film, tint)
     part.form[..., 2] *= 1 - 0.7 * film
 
 
@@ -94,10 +94,10 @@ def _wrong_colour(part: Part, product: str, rng: np.random.Generator) -> None:
         paint = ((0.10, 0.14, 0.62), (0.66, 0.34, 0.12), (0.12, 0.56, 0.72))[rng.integers(3)]
         _blend(part, 0.85 * soft_polygon(size_px, bodies[rng.integers(len(bodies))]), paint)
         return
-    outline = _blob(rng, _somewhere(product, rng, size_px), rng.uniform(0.05, 0.08), 0.4)
+    outline = _blob(rng, _somewhere(product, rng, size_px), rng.uniform(0.08, 0.12), 0.4)
     patch = soft_polygon(size_px, outline, 0.012 * size_px)
     if product == "gear":  # heat tint: blue or straw
         tint = ((1.15, 0.80, 0.72), (0.55, 0.85, 1.08))[rng.integers(2)]
         part.colour[:] *= 1 + patch[..., None] * (np.array(tint, np.float32) - 1)
     else:  # a streak of another batch's pigment
-        _blend(part, 0.65 * patch, ((0.36, 0.52, 0.10), (0.50, 0.16, 0.42))[rng.integers(2)])
+        _blend(part, 0.75 * patch, ((0.36, 0.52, 0.10), (0.50, 0.16, 0.42))[rng.integers(2)])

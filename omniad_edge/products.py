@@ -35,7 +35,7 @@ DEFECTS = {
 }
 MIN_SIZE_PX, MAX_SIZE_PX = 32, 1024
 FRAMES_PER_PART = 5
-LINE_VERSION = 1  # in params.json; a change of the drawings needs a new one
+LINE_VERSION = 2  # in params.json; a change of the drawings needs a new one
 DEFECTIVE_SHARE = 0.3  # of the parts on the conveyor
 VISIBLE = 12 / 255  # change of a colour channel that the mask counts; five times the sensor noise
 

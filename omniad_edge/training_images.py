@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from .data import Images, Sample, find_samples, load_images
-from .download import file_sha256
 from .errors import TrainingError
+from .files import file_sha256
 from .progress import counting, say
 
 

@@ -16,9 +16,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .backbone import ResNet
-from .download import fetch, file_sha256
+from .download import fetch
 from .errors import BundleError, InputError
-from .files import atomic_write
+from .files import atomic_write, file_sha256
 from .model import ModelConfig, OmniAD
 from .published import published_name
 

@@ -9,7 +9,8 @@ from threading import Thread
 import pytest
 
 from omniad_edge import download
-from omniad_edge.download import fetch, file_sha256
+from omniad_edge.download import fetch
+from omniad_edge.files import file_sha256
 from omniad_edge.errors import DownloadError
 
 CONTENT = bytes(range(256)) * 4000

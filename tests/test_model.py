@@ -63,12 +63,12 @@ def small(**sizes) -> OmniAD:
 def test_every_variant_repeats_and_reconstructs_every_shape(sizes, rng):
     model = small(**sizes)
     config = model.config
-    pixels = torch.from_numpy(rng.integers(0, 256, (2, config.height, config.width, 3), dtype=np.uint8))
+    pixels = rng.integers(0, 256, (2, config.height, config.width, 3), dtype=np.uint8)
     maps, scores = model.predict(pixels)
     again, _ = model.predict(pixels)
     assert maps.shape == (2, config.height, config.width) and scores.shape == (2,)
-    assert torch.equal(maps, again)
-    assert torch.isfinite(maps).all() and maps.min() >= 0 and maps.max() <= 2 / 3
+    assert (maps == again).all()
+    assert np.isfinite(maps).all() and maps.min() >= 0 and maps.max() <= 2 / 3
     teacher, student = model(torch.zeros(1, 3, config.height, config.width))
     assert [t.shape for t in teacher] == [s.shape for s in student]
 

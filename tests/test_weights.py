@@ -5,6 +5,7 @@ import pickle
 import struct
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -48,8 +49,8 @@ def test_a_checkpoint_gives_back_the_model_and_its_facts(model, checkpoint):
     assert all(torch.equal(state[name], tensor) for name, tensor in model.state_dict().items())
     assert not any(p.requires_grad for p in loaded.teacher.parameters())
     assert all(p.requires_grad for p in loaded.decoder.parameters())
-    pixels = torch.zeros(1, 64, 96, 3, dtype=torch.uint8)
-    assert torch.equal(loaded.predict(pixels)[0], model.predict(pixels)[0])
+    pixels = np.zeros((1, 64, 96, 3), np.uint8)
+    assert (loaded.predict(pixels)[0] == model.predict(pixels)[0]).all()
 
 
 def test_a_loaded_model_does_not_follow_the_file(model, checkpoint):
@@ -152,8 +153,8 @@ def test_published_weights(tmp_path, wrap):
     extra = {"net_t.fc.bias": torch.zeros(1000), "net_t.layer4.0.conv1.weight": torch.zeros(1)}
     torch.save(wrap({f"module.{name}": t for name, t in (state | extra).items()}), tmp_path / "net.pth")
     loaded = load_published(tmp_path / "net.pth", replace(TINY, attention_output="none"))
-    pixels = torch.full((1, 64, 96, 3), 99, dtype=torch.uint8)
-    assert torch.equal(loaded.predict(pixels)[0], model.predict(pixels)[0])
+    pixels = np.full((1, 64, 96, 3), 99, np.uint8)
+    assert (loaded.predict(pixels)[0] == model.predict(pixels)[0]).all()
 
 
 @pytest.mark.parametrize("output", ["linear", "mlp"])
@@ -161,8 +162,8 @@ def test_published_weights_with_an_attention_output(tmp_path, output):
     model, state = published_state(attention_output=output)
     save_file(state, tmp_path / "net.safetensors")
     loaded = load_published(tmp_path / "net.safetensors", replace(TINY, attention_output=output))
-    pixels = torch.full((1, 64, 96, 3), 99, dtype=torch.uint8)
-    assert torch.equal(loaded.predict(pixels)[0], model.predict(pixels)[0])
+    pixels = np.full((1, 64, 96, 3), 99, np.uint8)
+    assert (loaded.predict(pixels)[0] == model.predict(pixels)[0]).all()
 
 
 def test_published_weights_that_do_not_fit(tmp_path):
