@@ -148,9 +148,7 @@ def set_thresholds(path: str | Path, calibrations: dict[str, Calibration], actio
     products = bundle.products
     unknown = sorted(set(calibrations) - set(products))
     if unknown:
-        raise InputError(
-            f"{path} has no product {', '.join(map(repr, unknown))}; it has: {', '.join(products)}"
-        )
+        raise InputError(f"{path} has no product {', '.join(map(repr, unknown))}; it has: {', '.join(products)}")
     history = [
         {
             "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),

@@ -154,9 +154,7 @@ def calibrate(
         n_above = _scores_above(n, max_false_reject, confidence, product)
     bound = false_reject_bound(n, n_above, confidence)
     if max_false_reject is not None:
-        bound = min(
-            bound, max_false_reject
-        )  # already shown for this n_above; the bisection ends an ulp above
+        bound = min(bound, max_false_reject)  # already shown for this n_above; the bisection ends an ulp above
     median = np.median(scores)
     return Calibration(
         threshold=scores[n - n_above - 1],

@@ -55,7 +55,9 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--preset", choices=PRESETS, default="base", help="size of the network")
     sub.add_argument("--size", type=image_size, help="input size in pixels, N or HxW, multiples of 32")
     sub.add_argument(
-        "--backbone-weights", default="imagenet", help="imagenet (downloaded once), a weights file, or none"
+        "--backbone-weights",
+        default="imagenet",
+        help="imagenet (downloaded once), procedural (in the package, for small), a weights file, or none",
     )
     sub.add_argument("--batch-size", type=int, default=16, help="images per step and process")
     sub.add_argument("--holdout", type=share, default="10%", help="part of the good images kept for calibration")
@@ -109,6 +111,12 @@ def parser() -> argparse.ArgumentParser:
     sub = command("info", info, "print what a bundle holds")
     sub.add_argument("bundle", type=Path)
     sub.add_argument("--json", action="store_true", help="print the manifest")
+
+    sub = command("pretrain", pretrain, "train a backbone on procedural pictures")
+    sub.add_argument("--out", type=Path, required=True, help="weights file to write, .safetensors")
+    sub.add_argument("--backbone", default="resnet18", help="resnet18, resnet34, resnet50 or wide_resnet50_2")
+    sub.add_argument("--steps", type=int, default=2500)
+    sub.add_argument("--seed", type=int, default=42)
 
     sub = command("demo", demo, "train, calibrate, export and inspect a small generated product line")
     sub.add_argument("--out", type=Path, default=Path("demo"), help="folder for everything it makes")
@@ -247,7 +255,7 @@ def predict(options: argparse.Namespace) -> int:
         )
         if options.save:
             lines.append(line)
-            picture = options.save / path.relative_to(root).with_suffix(".jpg")
+            picture = options.save / f"{path.relative_to(root)}.jpg"
             picture.parent.mkdir(parents=True, exist_ok=True)
             with atomic_write(picture) as part:
                 part.write_bytes(cv2.imencode(".jpg", result.draw(frame))[1].tobytes())
@@ -282,6 +290,16 @@ def info(options: argparse.Namespace) -> None:
             f"{change['time']}  {change['action']}: {change['product']} "
             f"{change['old_threshold']:.6g} -> {change['new_threshold']:.6g}"
         )
+
+
+def pretrain(options: argparse.Namespace) -> None:
+    require("torch", "train")
+    from .pretrain import pretrain
+    from .progress import counting
+
+    with counting("pre-training", options.steps) as progress:
+        loss = pretrain(options.out, options.backbone, options.steps, options.seed, lambda done, _: progress(done))
+    print(f"{options.out}: {options.backbone}, {options.steps} steps, loss {loss:.3f}")
 
 
 def demo(options: argparse.Namespace) -> None:

@@ -238,9 +238,7 @@ def _visa(data: Path, table: Path, split: str) -> Iterator[Sample]:
         with table.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file)
             if not set(columns) <= set(reader.fieldnames or ()):
-                raise DataError(
-                    f"{table}: expected the columns {', '.join(columns)}; got {reader.fieldnames}"
-                )
+                raise DataError(f"{table}: expected the columns {', '.join(columns)}; got {reader.fieldnames}")
             lines = [(reader.line_num, *(row[column] for column in columns)) for row in reader]
     except (UnicodeDecodeError, csv.Error) as exc:
         raise DataError(f"{table}: not a CSV table: {exc}") from exc

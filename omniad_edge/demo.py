@@ -21,8 +21,8 @@ from .result import DEFECTIVE, Result
 from .train import train
 
 SIZE_PX = 128
-EPOCHS = 30
-CONFIG = replace(PRESETS["small"], height=SIZE_PX, width=SIZE_PX)
+EPOCHS = 75
+CONFIG = replace(PRESETS["small"], depths=(1, 1, 1, 1), height=SIZE_PX, width=SIZE_PX)
 PARTS = {"n_train": 60, "n_calibration": 60, "n_test_good": 20, "n_test_per_kind": 6}
 MAX_FALSE_REJECT = 0.05  # what 60 good images can support at 95 % confidence
 
@@ -46,7 +46,7 @@ def run_demo(out: Path) -> None:
         run,
         CONFIG,
         epochs=EPOCHS,
-        backbone_weights="none",
+        backbone_weights="procedural",
         cache_features=True,
         resume=(run / "last.safetensors").exists(),
     )

@@ -89,9 +89,7 @@ def list_images(path: str | Path) -> list[Path]:
     except OSError as exc:
         raise InputError(f"{path}: this folder cannot be listed: {exc}") from exc
     if not images:
-        raise InputError(
-            f"{path}: no image in this folder; expected files named *{', *'.join(IMAGE_SUFFIXES)}"
-        )
+        raise InputError(f"{path}: no image in this folder; expected files named *{', *'.join(IMAGE_SUFFIXES)}")
     return images
 
 
@@ -178,7 +176,5 @@ def _advice_dtype(frame: np.ndarray) -> str:
     if np.issubdtype(frame.dtype, np.floating):
         if np.isnan(frame).any():
             return "it holds NaN; correct what computed it, then cast it to np.uint8"
-        return (
-            "multiply it by 255 if its range is 0..1, then cast it: np.clip(frame, 0, 255).astype(np.uint8)"
-        )
+        return "multiply it by 255 if its range is 0..1, then cast it: np.clip(frame, 0, 255).astype(np.uint8)"
     return "bring it to 0..255, then cast it with astype(np.uint8)"

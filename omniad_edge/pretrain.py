@@ -20,7 +20,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .backbone import ResNet
+from .backbone import ARCHITECTURES, ResNet
+from .errors import InputError
 from .files import atomic_write
 from .model import IMAGENET_MEAN, IMAGENET_STD, initialise
 
@@ -38,14 +39,19 @@ WEIGHT_DECAY = 0.02
 def pretrain(
     out: str | Path,
     backbone: str = "resnet18",
-    steps: int = 3000,
+    steps: int = 2500,
     seed: int = 42,
     progress: Callable[[int, float], None] | None = None,
 ) -> float:
     """Train a backbone and write it, in fp16, as safetensors with torchvision's names.
 
-    progress: called with the steps done and the loss. Returns the last loss, the mean of 50 steps.
+    progress: called with the steps done and the loss. Returns the last loss, the mean of 50 steps. Raises
+    InputError for an unknown backbone or less than one step.
     """
+    if backbone not in ARCHITECTURES:
+        raise InputError(f"backbone: expected one of {', '.join(ARCHITECTURES)}; got {backbone!r}")
+    if steps < 1:
+        raise InputError(f"steps: expected at least 1; got {steps}")
     rng = np.random.default_rng(seed)
     torch.manual_seed(seed)
     pictures = torch.from_numpy(np.stack([draw_picture(rng) for _ in range(PICTURES)])).permute(0, 3, 1, 2)

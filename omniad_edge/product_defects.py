@@ -34,9 +34,7 @@ def _blob(rng: np.random.Generator, centre: np.ndarray, radius: float, rough: fl
     reach = radius * np.clip(1 + rough * waves, 0.4, 1.8)
     turn, squeeze = rng.uniform(0, np.pi), rng.uniform(0.65, 1.0)
     u, v = reach * np.cos(angle), squeeze * reach * np.sin(angle)
-    return centre + np.stack(
-        [u * np.cos(turn) - v * np.sin(turn), u * np.sin(turn) + v * np.cos(turn)], axis=1
-    )
+    return centre + np.stack([u * np.cos(turn) - v * np.sin(turn), u * np.sin(turn) + v * np.cos(turn)], axis=1)
 
 
 def _blend(part: Part, mask: np.ndarray, colour: tuple[float, float, float]) -> None:

@@ -112,8 +112,7 @@ def blueprint(product: str, size_px: int) -> Blueprint:
         large = Part(*np.zeros((2, large_px, large_px, 3), np.float32))
         pieces, bodies = draw(large, bare)
         layers = (
-            cv2.resize(a, (size_px, size_px), interpolation=cv2.INTER_AREA)
-            for a in (large.colour, large.form)
+            cv2.resize(a, (size_px, size_px), interpolation=cv2.INTER_AREA) for a in (large.colour, large.form)
         )
         part = Part(*layers)
         # Machined and moulded edges are never sharp: their radius catches the light.
@@ -142,9 +141,7 @@ def noise(rng: np.random.Generator, size_px: int, blur_x_px: float, blur_y_px: f
     sigma_x, sigma_y = max(blur_x_px / step_x, 0.1), max(blur_y_px / step_y, 0.1)
     grain = cv2.GaussianBlur(grain, (0, 0), sigma_x, sigmaY=sigma_y)
     if step_x > 1 or step_y > 1:
-        grain = cv2.resize(
-            grain, (size_px * (columns + 8) // columns, size_px), interpolation=cv2.INTER_CUBIC
-        )
+        grain = cv2.resize(grain, (size_px * (columns + 8) // columns, size_px), interpolation=cv2.INTER_CUBIC)
     margin = (grain.shape[1] - size_px) // 2
     grain = grain[:, margin : margin + size_px]
     return (grain - grain.mean()) / grain.std()
@@ -159,9 +156,7 @@ def texture(product: str, rng: np.random.Generator, size_px: int) -> np.ndarray:
         grooves = cv2.remap(grooves, angle, radius, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REFLECT)
         return 1 + 0.045 * grooves + (0.26 + 0.03 * rng.standard_normal(dtype=np.float32)) * (sheen - 0.3)
     if product == "board":
-        return (
-            1 + 0.025 * noise(rng, size_px, 0.8 * px, 0.8 * px) + 0.02 * noise(rng, size_px, 20 * px, 20 * px)
-        )
+        return 1 + 0.025 * noise(rng, size_px, 0.8 * px, 0.8 * px) + 0.02 * noise(rng, size_px, 20 * px, 20 * px)
     return 1 + 0.012 * noise(rng, size_px, 0.7 * px, 0.7 * px) + 0.025 * noise(rng, size_px, 25 * px, 25 * px)
 
 
@@ -211,9 +206,7 @@ def _rounded(x: float, y: float, width: float, height: float, radius: float) -> 
     return np.array([x, y]) + corner + np.sign(corner) * (np.array([width, height]) / 2 - radius)
 
 
-def _sector(
-    inner: float, outer: float, start: float, stop: float, x: float = 0.5, y: float = 0.5
-) -> np.ndarray:
+def _sector(inner: float, outer: float, start: float, stop: float, x: float = 0.5, y: float = 0.5) -> np.ndarray:
     angle = np.linspace(start, stop, 16)
     ray = np.stack([np.cos(angle), np.sin(angle)], axis=1)
     return np.array([x, y]) + np.concatenate([outer * ray, inner * ray[::-1]])
@@ -282,9 +275,7 @@ def _draw_gear(part: Part, bare: bool) -> tuple[list[np.ndarray], list[np.ndarra
     _cut(part, _disc(0.5, 0.5, 0.072))
     _cut(part, _box(0.5, 0.425, 0.036, 0.04))
     _print_arc(part, "Z24", 0.222, 8.5, 0.034, ENGRAVED)
-    return [
-        _sector(root - 0.004, tip + 0.01, (i - 0.42) * pitch, (i + 0.42) * pitch) for i in range(teeth)
-    ], []
+    return [_sector(root - 0.004, tip + 0.01, (i - 0.42) * pitch, (i + 0.42) * pitch) for i in range(teeth)], []
 
 
 def _draw_cap(part: Part, bare: bool) -> tuple[list[np.ndarray], list[np.ndarray]]:
@@ -328,9 +319,7 @@ def _draw_board(part: Part, bare: bool) -> tuple[list[np.ndarray], list[np.ndarr
         if not bare:
             _component(part, x, y, width, height, what)
     pieces = [_box(x, y, width + 0.035, height + 0.050) for x, y, width, height, _ in COMPONENTS]
-    bodies = [
-        _body(x, y, w, h) for x, y, w, h, what in COMPONENTS if what in ("resistor", "capacitor", "led")
-    ]
+    bodies = [_body(x, y, w, h) for x, y, w, h, what in COMPONENTS if what in ("resistor", "capacitor", "led")]
     return pieces, bodies
 
 
@@ -338,9 +327,7 @@ def _legs(x: float, y: float, width: float, height: float, what: str) -> list[np
     """Outlines of the soldered ends of a component."""
     if what == "chip":
         columns = x + 0.024 * (np.arange(n := round(width / 0.024)) - (n - 1) / 2)
-        return [
-            _box(column, y + s * (height / 2 + 0.008), 0.012, 0.026) for column in columns for s in (-1, 1)
-        ]
+        return [_box(column, y + s * (height / 2 + 0.008), 0.012, 0.026) for column in columns for s in (-1, 1)]
     if what == "connector":
         return [_box(x + (i - 1.5) * 0.034, y - height / 2 - 0.008, 0.016, 0.026) for i in range(4)]
     if what == "can":

@@ -175,9 +175,7 @@ def _film(path: Path, fps: int, size_px: int) -> Iterator[cv2.VideoWriter]:
         mp4.replace(path)
 
 
-def _line(
-    n_train: int, n_calibration: int, n_test_good: int, n_test_per_kind: int
-) -> Iterator[tuple[str, ...]]:
+def _line(n_train: int, n_calibration: int, n_test_good: int, n_test_per_kind: int) -> Iterator[tuple[str, ...]]:
     """Path of every picture, its product, its kind, and the path of the mask a defect has."""
     for product in PRODUCTS:
         data = f"data/{product}"
@@ -217,9 +215,7 @@ def _check(product: str, kind: str, size_px: int) -> None:
             f"kind: expected one of {', '.join((GOOD, *DEFECTS[product]))} for {product}, got {kind!r}"
         )
     if not isinstance(size_px, int) or not MIN_SIZE_PX <= size_px <= MAX_SIZE_PX:
-        raise InputError(
-            f"size_px: expected a whole number from {MIN_SIZE_PX} to {MAX_SIZE_PX}, got {size_px!r}"
-        )
+        raise InputError(f"size_px: expected a whole number from {MIN_SIZE_PX} to {MAX_SIZE_PX}, got {size_px!r}")
 
 
 def _check_counts(**counts: int) -> None:
@@ -302,8 +298,7 @@ def _expose(product: str, part: Part, shot: Shot) -> np.ndarray:
     slope_y = cv2.Scharr(height_px, cv2.CV_32F, 0, 1, scale=1 / 32)
     steep = 1 / np.sqrt(1 + slope_x * slope_x + slope_y * slope_y)
     facing_lamp, facing_half = (
-        np.maximum((float(d[2]) - slope_x * float(d[0]) - slope_y * float(d[1])) * steep, 0)
-        for d in (LIGHT, HALF)
+        np.maximum((float(d[2]) - slope_x * float(d[0]) - slope_y * float(d[1])) * steep, 0) for d in (LIGHT, HALF)
     )
     x, y = _axes(size_px)
     lamp = shot.gain * (1 + shot.gradient[0] * x + shot.gradient[1] * y - 0.05 * (x * x + y * y))

@@ -145,9 +145,7 @@ class ProductScores:
         return np.asarray(self.scores, np.float64)[np.asarray(self.labels)]
 
 
-def choose_cases(
-    kinds: Sequence[str], scores: Sequence[float], threshold: float, per_group: int = 6
-) -> list[int]:
+def choose_cases(kinds: Sequence[str], scores: Sequence[float], threshold: float, per_group: int = 6) -> list[int]:
     """Indices of one product's images worth a picture, so that only their overlays need be drawn.
 
     The lowest-scored misses and the highest false rejects, `per_group` of each, then of every kind the

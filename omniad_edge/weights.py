@@ -26,6 +26,7 @@ FORMAT = "omniad-checkpoint"
 SCHEMA = 1
 
 # torchvision's ImageNet weights: the file, whose name ends in the start of its SHA-256, and its size in MB.
+PROCEDURAL = Path(__file__).parent / "backbones"  # what `omniad pretrain` made
 IMAGENET_URL = "https://download.pytorch.org/models"
 IMAGENET = {
     "resnet18": ("resnet18-f37072fd", 45),
@@ -126,8 +127,9 @@ def load_published(path: str | Path, config: ModelConfig) -> OmniAD:
 def load_backbone(teacher: ResNet, name: str, source: str) -> str:
     """Fill the teacher, a ResNet(name), and say in words from what.
 
-    source: "imagenet" (torchvision's, downloaded once), a .pth or .safetensors file with torchvision's names
-    (its `layer4` and `fc` are not used), or "none": the random weights stay, with a warning.
+    source: "imagenet" (torchvision's, downloaded once), "procedural" (ours, in this package, ResNet18 only), a
+    .pth or .safetensors file with torchvision's names (its `layer4` and `fc` are not used), or "none": the
+    random weights stay, with a warning.
     Raises DownloadError, InputError if there is no such file, BundleError if it is damaged or of another
     network.
     """
@@ -138,10 +140,18 @@ def load_backbone(teacher: ResNet, name: str, source: str) -> str:
         file, size_mb = IMAGENET[name]
         path = fetch(f"{IMAGENET_URL}/{file}.pth", file.rsplit("-", 1)[1], size_mb=size_mb)
         words = f"ImageNet (torchvision {file})"
+    elif source == "procedural":
+        path = PROCEDURAL / f"{name}.safetensors"
+        if not path.is_file():
+            have = ", ".join(sorted(file.stem for file in PROCEDURAL.glob("*.safetensors")))
+            raise InputError(f"procedural weights: there are some for {have}; got {name}. See `omniad pretrain`")
+        words = f"procedural pictures (omniad-edge {path.stem}, sha256 {file_sha256(path)[:8]}...)"
     else:
         path = Path(source)
         if not path.is_file():
-            raise InputError(f'backbone weights: expected "imagenet", "none" or a file; there is no {path}')
+            raise InputError(
+                f'backbone weights: expected "imagenet", "procedural", "none" or a file; there is no {path}'
+            )
         words = f"file {path.name} (sha256 {file_sha256(path)[:8]}...)"
     state = {k: v for k, v in read_state(path).items() if not k.startswith(("layer4.", "fc."))}
     fill_module(teacher, state, f"{path} as {name}")

@@ -25,6 +25,24 @@ def data_dir() -> Path:
     return _shared("data")
 
 
+@pytest.fixture(scope="session")
+def small_run(tmp_path_factory):
+    """A SmallRun: folder of a run (untrained, 64 x 64) and of its data; do not change it."""
+    from small_run import make_run
+
+    return make_run(tmp_path_factory.mktemp("small"))
+
+
+@pytest.fixture(scope="session")
+def small_bundle(small_run, tmp_path_factory) -> Path:
+    """The bundle of `small_run`, in fp32; do not change it."""
+    from omniad_edge.export.bundle_export import export_bundle
+
+    path = tmp_path_factory.mktemp("bundle") / "small.omniad"
+    export_bundle(small_run.folder, path)
+    return path
+
+
 def _shared(name: str) -> Path:
     folder = SHARED / name
     if not folder.is_dir():

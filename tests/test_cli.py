@@ -1,0 +1,147 @@
+"""The command line as a user types it: what it prints where, and its exit codes."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from omniad_edge.bundle import read_bundle
+from omniad_edge.cli import main
+from omniad_edge.products import write_line
+
+
+@pytest.fixture
+def bundle(small_bundle, tmp_path):
+    return shutil.copy(small_bundle, tmp_path / "line3.omniad")
+
+
+def test_train_export_evaluate_predict(tmp_path, capsys):
+    write_line(tmp_path / "line", n_train=6, n_calibration=2, n_test_good=2, n_test_per_kind=1, size_px=72)
+    data, run, out = tmp_path / "line" / "data", tmp_path / "run", tmp_path / "line3.omniad"
+    train = ["train", "--data", data, "--out", run, "--preset", "small", "--size", "64"]
+    train += ["--epochs", "1", "--backbone-weights", "procedural"]
+    assert run_main(*train) == 0
+    assert "model.safetensors: epoch 1" in capsys.readouterr().out
+    assert run_main(*train) == 1
+    assert "already holds a training run" in capsys.readouterr().err
+    assert run_main(*train, "--resume") == 0
+    capsys.readouterr()
+
+    assert run_main("export", run, "--out", out) == 0
+    printed = capsys.readouterr().out
+    assert "parity      onnxruntime fp32" in printed and "threshold   gear" in printed and "MB, fp32" in printed
+
+    report, table = tmp_path / "report.html", tmp_path / "metrics.json"
+    assert run_main("evaluate", out, "--data", data, "--report", report, "--json", table) == 0
+    assert "AUROC" in capsys.readouterr().out
+    assert json.loads(table.read_text())["products"] and report.stat().st_size > 10_000
+    assert run_main("evaluate", run, "--data", data) == 0
+
+
+def test_predict_prints_a_line_an_image_and_counts_every_one(bundle, small_run, tmp_path, capsys):
+    folder = tmp_path / "images"
+    shutil.copytree(small_run.data / "gear" / "test" / "good", folder)
+    (folder / "broken.png").write_text("this is no picture")
+    assert run_main("predict", bundle, folder, "--product", "gear", "--save", tmp_path / "out") == 1
+    out, err = capsys.readouterr()
+    assert len(out.splitlines()) == 2 and "gear" in out
+    assert "broken.png" in err and "3 images: " in err and "1 unreadable" in err
+    lines = (tmp_path / "out" / "results.jsonl").read_text().splitlines()
+    assert [json.loads(line)["product"] for line in lines] == ["gear", "gear"]
+    assert len(list((tmp_path / "out").glob("*.jpg"))) == 2
+    assert run_main("predict", bundle, small_run.data / "gear" / "test" / "good", "--json") == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[0])["product_assumed"] is True
+
+
+def test_pictures_of_equally_named_images_do_not_replace_each_other(bundle, small_run, tmp_path, capsys):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    source = next((small_run.data / "gear" / "test" / "good").iterdir())
+    for name in ("part.png", "part.jpg"):
+        shutil.copy(source, folder / name)
+    assert run_main("predict", bundle, folder, "--save", tmp_path / "out") == 0
+    assert len(list((tmp_path / "out").glob("*.jpg"))) == 2
+
+
+def test_calibrate_leaves_out_what_was_trained_on(bundle, small_run, capsys):
+    assert run_main("calibrate", bundle, "--good", small_run.data) == 0
+    out, err = capsys.readouterr()
+    assert "threshold   gear" in out and "trained on" in err
+    history = read_bundle(bundle).manifest["history"]
+    assert len(history) == 3 and "calibrated with" in history[0]["action"]
+
+
+def test_calibrate_says_how_many_images_a_wish_needs_and_changes_nothing(bundle, small_run, capsys):
+    before = bundle.read_bytes()
+    good = small_run.data.parent / "calibration"
+    assert run_main("calibrate", bundle, "--good", good, "--max-false-reject", "0.5%") == 1
+    assert "598" in capsys.readouterr().err
+    assert bundle.read_bytes() == before
+
+
+def test_threshold_by_hand(bundle, capsys):
+    assert run_main("threshold", bundle, "--product", "gear", "0.31") == 0
+    assert "-> 0.31" in capsys.readouterr().out
+    assert read_bundle(bundle).products["gear"].threshold == 0.31
+    assert run_main("threshold", bundle, "--product", "bolt", "0.31") == 1
+    assert "gear" in capsys.readouterr().err
+    assert run_main("info", bundle) == 0
+    assert "set by hand" in capsys.readouterr().out
+
+
+def test_info_prints_the_manifest(bundle, capsys):
+    assert run_main("info", bundle, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["format"] == "omniad-bundle"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [],
+        ["unknown"],
+        ["train", "--data", "x"],
+        ["train", "--data", "x", "--out", "y", "--preset", "huge"],
+        ["train", "--data", "x", "--out", "y", "--size", "wide"],
+        ["calibrate", "b", "--good", "g", "--max-false-reject", "many"],
+        ["calibrate", "b", "--good", "g", "--max-false-reject", "150%"],
+        ["threshold", "b", "--product", "p", "high"],
+    ],
+    ids=" ".join,
+)
+def test_wrong_usage_exits_2(arguments, capsys):
+    with pytest.raises(SystemExit) as exit:
+        main(arguments)
+    assert exit.value.code == 2
+    assert "usage:" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["info", "{}/missing.omniad"],
+        ["predict", "{}/missing.omniad", "{}"],
+        ["train", "--data", "{}/missing", "--out", "{}/run"],
+        ["export", "{}/missing", "--out", "{}/line.omniad"],
+        ["evaluate", "{}/missing.omniad", "--data", "{}"],
+        ["calibrate", "{}/missing.omniad", "--good", "{}"],
+    ],
+    ids=lambda a: a[0],
+)
+def test_failures_exit_1_with_a_message_and_no_traceback(arguments, tmp_path, capsys):
+    assert main([a.format(tmp_path) for a in arguments]) == 1
+    out, err = capsys.readouterr()
+    assert out == "" and "error:" in err and "Traceback" not in err
+
+
+def test_the_commands_are_installed():
+    for command in ("omniad", "omniad-export"):
+        found = shutil.which(command, path=str(sys.prefix) + "/bin")
+        assert found, command
+        shown = subprocess.run([found, "--help"], capture_output=True, text=True, check=True)
+        assert shown.stdout.startswith("usage: omniad")
+
+
+def run_main(*arguments) -> int:
+    return main([str(argument) for argument in arguments])
