@@ -1,0 +1,146 @@
+"""The parity gate on made-up predictions: each limit by itself."""
+
+import json
+
+import numpy as np
+import pytest
+
+from omniad_edge.data import Images, Sample
+from omniad_edge.evaluate import Predictions
+from omniad_edge.export.parity import LIMITS, auroc_difference, compare, verdicts
+
+N = 40  # good and as many defective images
+
+
+def predictions(pred_scores, kinds, products=None, anomaly_maps=None) -> Predictions:
+    count = len(pred_scores)
+    samples = [
+        Sample(f"{i}.png", product, kind)
+        for i, (kind, product) in enumerate(zip(kinds, products or ["gear"] * count, strict=True))
+    ]
+    if anomaly_maps is None:
+        anomaly_maps = np.zeros((count, 4, 4), np.float32)
+    images = Images(np.zeros((count, 4, 4, 3), np.uint8), samples, [])
+    return Predictions(images, anomaly_maps, np.asarray(pred_scores, np.float32))
+
+
+def line(good, defective) -> Predictions:
+    """One product's."""
+    return predictions([*good, *defective], ["good"] * len(good) + ["dent"] * len(defective))
+
+
+@pytest.fixture
+def reference() -> Predictions:
+    return line(np.linspace(0.1, 0.3, N), np.linspace(0.25, 0.9, N))
+
+
+def scores_changed(base: Predictions, change) -> Predictions:
+    return Predictions(base.images, base.anomaly_maps, base.pred_scores + np.asarray(change, np.float32))
+
+
+@pytest.mark.parametrize("precision", LIMITS)
+def test_identical_predictions_pass(reference, precision):
+    report = compare(reference, reference, precision)
+    assert report["passed"] is True and report["failures"] == [] and report["images"] == 2 * N
+    assert report["measured"] == dict.fromkeys(report["limits"], 0.0)
+    assert report["limits"].keys() == {"map_error", "score_error", "verdict_flips", "auroc_difference"}
+    assert json.loads(json.dumps(report, allow_nan=False)) == report
+
+
+def only_failure(reference: Predictions, engine: Predictions, precision: str = "fp32") -> str:
+    report = compare(reference, engine, precision)
+    assert report["passed"] is False
+    (failure,) = report["failures"]
+    json.dumps(report, allow_nan=False)
+    return failure
+
+
+def test_map_error(reference):
+    maps = reference.anomaly_maps.copy()
+    maps[7, 1, 2] = 1e-3
+    engine = Predictions(reference.images, maps, reference.pred_scores)
+    assert only_failure(reference, engine) == "map error is 0.001, the limit is 0.0003"
+    assert compare(reference, engine, "bf16")["passed"]
+    maps[7, 1, 2] = 2e-4
+    assert compare(reference, engine, "fp32")["passed"]
+
+
+def test_score_error_is_in_standard_deviations(reference):
+    deviation = reference.pred_scores.std()
+    engine = scores_changed(reference, 0.05 * deviation)  # of all alike: the order stays
+    assert only_failure(reference, engine) == "score error is 0.05, the limit is 0.02"
+    assert only_failure(reference, engine, "fp16") == "score error is 0.05, the limit is 0.02"
+    assert compare(reference, engine, "bf16")["passed"]
+    assert compare(reference, scores_changed(reference, 0.019 * deviation), "fp32")["passed"]
+
+
+def test_verdict_flips():
+    reference = line(np.linspace(0.1, 0.3, N), [0.3 + 1e-6, *np.linspace(0.5, 0.9, N - 1)])
+    change = np.zeros(2 * N)
+    change[N] = -2e-6  # below the highest good score; of 1600 pairs one changes its order, AUROC by 0.0006
+    engine = scores_changed(reference, change)
+    assert only_failure(reference, engine) == "verdict flips is 0.013, the limit is 0"
+    assert only_failure(reference, engine, "bf16") == "verdict flips is 0.013, the limit is 0.01"
+
+
+def test_each_side_has_its_own_thresholds(reference):
+    """Scores that are all a little higher give the same verdicts with thresholds from themselves."""
+    engine = scores_changed(reference, 0.2)
+    assert compare(reference, engine, "fp32")["measured"]["verdict_flips"] == 0
+    assert (verdicts(reference) == verdicts(engine)).all()
+    assert verdicts(reference).sum() == (reference.pred_scores[N:] > np.float32(0.3)).sum() > 0
+
+
+def test_thresholds_are_each_products_own():
+    kinds, products = ["good", "dent", "good", "dent"], ["cap", "cap", "gear", "gear"]
+    assert verdicts(predictions([0.1, 0.2, 0.5, 0.4], kinds, products)).tolist() == [False, True, False, False]
+
+
+def test_auroc_difference_without_a_flip():
+    good = np.linspace(0.1, 0.3, N)
+    reference = line(good, good[:-1] + 1e-6)  # every defect beside a good part, all below the threshold
+    change = np.concatenate([np.zeros(N), np.full(N - 1, -2e-6)])
+    failure = only_failure(reference, scores_changed(reference, change))
+    assert failure == "auroc difference is 0.025, the limit is 0.001"
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("precision", LIMITS)
+def test_what_is_not_finite_fails(reference, bad, precision):
+    maps = reference.anomaly_maps.copy()
+    maps[3, 0, 0] = bad
+    broken = Predictions(reference.images, maps, reference.pred_scores)
+    assert only_failure(reference, broken, precision) == "the engine's anomaly map is not finite"
+    assert only_failure(broken, reference, precision) == "the trained network's anomaly map is not finite"
+    scores = reference.pred_scores.copy()
+    scores[-1] = bad
+    broken = Predictions(reference.images, reference.anomaly_maps, scores)
+    assert only_failure(reference, broken, precision) == "the engine's anomaly map is not finite"
+    assert only_failure(broken, broken, precision) == "the trained network's anomaly map is not finite"
+
+
+def test_several_failures_are_all_told(reference):
+    engine = scores_changed(reference, np.linspace(0.5, -0.5, 2 * N))
+    words = compare(reference, engine, "bf16")["failures"]
+    assert [text.split(" is ")[0] for text in words] == ["score error", "verdict flips", "auroc difference"]
+
+
+def test_a_single_image_has_no_deviation_to_measure_by():
+    """One held-out image and no test images: only the map can be compared."""
+    reference = line([0.35], [])
+    engine = scores_changed(reference, 1e-6)
+    report = compare(reference, engine, "fp32")
+    assert report["passed"] and report["measured"]["score_error"] is None
+    assert report["measured"]["auroc_difference"] is None
+    engine = Predictions(reference.images, reference.anomaly_maps + np.float32(1), reference.pred_scores)
+    assert only_failure(reference, engine) == "map error is 1, the limit is 0.0003"
+
+
+def test_auroc_counts_products_with_both_kinds_only_and_the_largest_difference():
+    kinds = ["good", "good", "good", "dent", "good", "dent", "dent"]
+    products = ["cap", "cap", "gear", "gear", "board", "board", "board"]
+    reference = predictions([0.1, 0.2, 0.1, 0.3, 0.5, 0.6, 0.7], kinds, products)
+    engine = predictions([0.9, 0.1, 0.1, 0.3, 0.65, 0.6, 0.7], kinds, products)
+    assert auroc_difference(reference, engine) == 0.5  # board: one of two pairs changes its order
+    one_class = predictions([0.1, 0.2], ["good", "dent"], ["cap", "gear"])
+    assert auroc_difference(one_class, one_class) is None
