@@ -7,15 +7,18 @@ import numpy as np
 from ..evaluate import Predictions, calibrate_products
 from ..metrics import auroc
 
+FEWEST_SCORES = 8  # that have a standard deviation worth the name
+
 
 @dataclass(frozen=True)
 class Limits:
     """How far an engine may be from the trained network.
 
     map_error:        largest difference of an anomaly map's value
-    score_error:      largest difference of a score, in standard deviations of all scores, where they differ
-    verdict_flips:    share of images with another verdict, each side with thresholds from its own scores
-    auroc_difference: of the image AUROC, where there are good and defective images
+    score_error:      largest difference of a score, in standard deviations of all scores
+    verdict_flips:    share of images with another verdict, each side with thresholds from its own scores; not
+                      counting scores nearer to the threshold than the score error allowed
+    auroc_difference: of the image AUROC, less one pair of a good and a defective image, which may be a near tie
     """
 
     map_error: float
@@ -43,7 +46,7 @@ def compare(reference: Predictions, engine: Predictions, precision: str) -> dict
     measured = {
         "map_error": float(np.abs(engine.anomaly_maps - reference.anomaly_maps).max()),
         "score_error": score_error(reference, engine),
-        "verdict_flips": float(np.mean(verdicts(engine) != verdicts(reference))),
+        "verdict_flips": verdict_flips(reference, engine, limits["score_error"]),
         "auroc_difference": auroc_difference(reference, engine),
     }
     failures = [
@@ -55,21 +58,25 @@ def compare(reference: Predictions, engine: Predictions, precision: str) -> dict
 
 
 def score_error(reference: Predictions, engine: Predictions) -> float | None:
-    """None where all scores are equal, as those of a single image: they have no deviation to measure by."""
+    """None where few or equal scores have no deviation to measure by; the map error limits the score's too."""
     deviation = float(reference.pred_scores.std(dtype=np.float64))
-    if deviation == 0:
+    if deviation == 0 or len(reference.pred_scores) < FEWEST_SCORES:
         return None
     return float(np.abs(engine.pred_scores - reference.pred_scores).max() / deviation)
 
 
-def verdicts(predictions: Predictions) -> np.ndarray:
-    """(N,) bool, with each product's threshold at its highest good score of these predictions."""
-    defective = np.zeros(len(predictions.pred_scores), bool)
-    thresholds = calibrate_products(good_only(predictions))
-    for product, calibration in thresholds.items():
-        of = predictions.of(product)
-        defective[of] = predictions.pred_scores[of].astype(np.float64) > calibration.threshold
-    return defective
+def verdict_flips(reference: Predictions, engine: Predictions, allowed_error: float) -> float:
+    distance, other = over_threshold(reference), over_threshold(engine)
+    clear = np.abs(distance) > allowed_error * reference.pred_scores.std(dtype=np.float64)
+    return float(np.mean(((distance > 0) != (other > 0)) & clear))
+
+
+def over_threshold(predictions: Predictions) -> np.ndarray:
+    """(N,) score less threshold, with each product's threshold at its highest good score of these predictions."""
+    distance = predictions.pred_scores.astype(np.float64)
+    for product, calibration in calibrate_products(good_only(predictions)).items():
+        distance[predictions.of(product)] -= calibration.threshold
+    return distance
 
 
 def good_only(predictions: Predictions) -> Predictions:
@@ -86,5 +93,6 @@ def auroc_difference(reference: Predictions, engine: Predictions) -> float | Non
         of = reference.of(product)
         if 0 < labels[of].sum() < len(of):
             values = [auroc(p.pred_scores[of], labels[of]) for p in (reference, engine)]
-            differences.append(abs(values[0] - values[1]))
+            pairs = labels[of].sum() * (~labels[of]).sum()
+            differences.append(max(0.0, float(abs(values[0] - values[1]) - 1 / pairs)))
     return max(differences, default=None)

@@ -112,8 +112,11 @@ class Model:
     facts: dict[str, str]
 
 
-def open_model(path: Path) -> Model:
-    """A bundle, or a run's folder or checkpoint (which needs torch; thresholds from its held-out images)."""
+def open_model(path: Path, data: Path) -> Model:
+    """A bundle, or a run's folder or checkpoint, which needs torch.
+
+    A run's thresholds come from its held-out images; `data` is where they are if the data set has moved.
+    """
     if path.suffix == ".omniad":
         bundle = read_bundle(path)
         engine = open_engine(bundle)
@@ -122,8 +125,9 @@ def open_model(path: Path) -> Model:
     from .weights import load_run
 
     network, facts = load_run(path)
-    config = network.config
-    images = load_images(held_out_samples(Path(facts["data"]), facts["holdout"]), config.height, config.width)
+    config, trained_from = network.config, Path(facts["data"])
+    samples = held_out_samples(trained_from if trained_from.is_dir() else data, facts["holdout"])
+    images = load_images(samples, config.height, config.width)
     calibrations = calibrate_products(predict_images(network.predict, images))
     facts = config.to_dict() | {"backbone_weights": facts["backbone"], "engine": "torch in fp32"}
     return Model(network.predict, config.height, config.width, calibrations, words(facts))
@@ -165,7 +169,7 @@ class Evaluation:
 
 def evaluate_model(path: Path, data: Path, published: bool = False) -> Evaluation:
     """Run a model over the test images of a data set and measure detection. Raises DataError without any."""
-    model = open_model(path)
+    model = open_model(path, data)
     samples = find_samples(data, "test")
     if not samples:
         raise DataError(f"{data}: expected test images (PRODUCT/test/KIND/*), there are none")

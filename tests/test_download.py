@@ -10,8 +10,8 @@ import pytest
 
 from omniad_edge import download
 from omniad_edge.download import fetch
-from omniad_edge.files import file_sha256
 from omniad_edge.errors import DownloadError
+from omniad_edge.files import file_sha256
 
 CONTENT = bytes(range(256)) * 4000
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
