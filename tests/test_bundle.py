@@ -152,9 +152,7 @@ def test_onnx_is_graph_and_weights(path):
     bundle = read_bundle(path)
     assert bundle.onnx("frame") == b"frame" + PARTS["weights.onnx"]
     assert bundle.onnx("batch") == PARTS["weights.onnx"]
-    with pytest.raises(
-        InputError, match=r"no part 'graphs/tiles.onnx'; it has: graphs/batch.onnx, graphs/fr"
-    ):
+    with pytest.raises(InputError, match=r"no part 'graphs/tiles.onnx'; it has: graphs/batch.onnx, graphs/fr"):
         bundle.onnx("tiles")
     with pytest.raises(InputError, match=r"no part 'weights.onnx'"):
         Bundle(bundle.manifest, {"graphs/frame.onnx": b""}).onnx("frame")
@@ -171,9 +169,7 @@ def test_concatenated_onnx_runs():
         graph = onnx.helper.make_graph([onnx.helper.make_node(op, ["x", "w"], ["y"])], "g", [x], [y])
         model = onnx.helper.make_model(graph, opset_imports=opset, ir_version=8)
         parts = {"graphs/a.onnx": model.SerializeToString(), "weights.onnx": weights.SerializeToString()}
-        session = onnxruntime.InferenceSession(
-            Bundle({}, parts).onnx("a"), providers=["CPUExecutionProvider"]
-        )
+        session = onnxruntime.InferenceSession(Bundle({}, parts).onnx("a"), providers=["CPUExecutionProvider"])
         assert session.run(None, {"x": np.float32([1, 2])})[0].tolist() == expected
 
 
@@ -549,22 +545,13 @@ WRONG = [
     ),
     *({"input": without(manifest()["input"], key)} for key in manifest()["input"]),
     *({"precision": value} for value in ("int8", "FP16", "", 16, None, [])),
-    *(
-        {"outputs": value}
-        for value in ([], ["pred_score", "anomaly_map"], "anomaly_map", [["anomaly_map"], 1])
-    ),
+    *({"outputs": value} for value in ([], ["pred_score", "anomaly_map"], "anomaly_map", [["anomaly_map"], 1])),
     *({"created": value} for value in ("", 1, None, "\x1b[2J", "x" * 201)),
     *({"versions": value} for value in ({"a": 1}, {"": "1"}, {"a": "\x1b"}, [])),
     *({"model": value} for value in (None, [], "resnet18")),
     *({"parity": value} for value in (None, [], 1e-5)),
-    *(
-        {"trained_on": value}
-        for value in ([1], ["0123"], ["0123456789ABCDEF"], ["0123456789abcdef\n"], {}, "")
-    ),
-    *(
-        {"products": value}
-        for value in ({}, [], {"": TILE.to_dict()}, {"a\x1b[31m": TILE.to_dict()}, {"a": None})
-    ),
+    *({"trained_on": value} for value in ([1], ["0123"], ["0123456789ABCDEF"], ["0123456789abcdef\n"], {}, "")),
+    *({"products": value} for value in ({}, [], {"": TILE.to_dict()}, {"a\x1b[31m": TILE.to_dict()}, {"a": None})),
     *({"products": {"a": TILE.to_dict() | {"threshold": v}}} for v in (None, "0.5", True, [], 10**400)),
     *({"products": {"a": without(TILE.to_dict(), key)}} for key in TILE.to_dict()),
     *({"history": value} for value in ({}, [1], [{}], [[]])),
@@ -624,9 +611,7 @@ json_values = st.recursive(
     | st.floats()
     | st.text(max_size=5)
     | st.sampled_from([0, 1, 32, 64, 0.5, "fp32", "0123456789abcdef", 10**400, -1, "\ud800", "manual"]),
-    lambda children: (
-        st.lists(children, max_size=3) | st.dictionaries(st.text(max_size=5), children, max_size=3)
-    ),
+    lambda children: st.lists(children, max_size=3) | st.dictionaries(st.text(max_size=5), children, max_size=3),
     max_leaves=6,
 )
 

@@ -279,11 +279,7 @@ def test_manual_threshold_claims_nothing():
 
 
 WRONG_FIELDS = [
-    *(
-        (name, value)
-        for name in ("threshold", "score_median", "map_floor")
-        for value in (None, "1", math.nan)
-    ),
+    *((name, value) for name in ("threshold", "score_median", "map_floor") for value in (None, "1", math.nan)),
     ("threshold", 10**400),
     ("threshold", True),
     ("threshold", [1]),

@@ -276,9 +276,7 @@ def test_nothing_is_written_to_stderr(tmp_path, rng):
         "    try: print(path.name, read_image(path).shape)\n"
         "    except InputError: print(path.name, 'refused')"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", script, tmp_path], capture_output=True, text=True, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", script, tmp_path], capture_output=True, text=True, check=True)
     assert done.stderr == ""
     assert done.stdout.splitlines() == [
         "a.jpg (60, 80, 3)",

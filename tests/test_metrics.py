@@ -135,9 +135,7 @@ def test_published_values_are_reproduced(golden_dir, dtype):
 def test_image_metrics_equal_plain_loops(scored):
     scores, labels = scored
     assert auroc(scores, labels) == pytest.approx(slow_auroc(scores, labels), abs=1e-12)
-    assert average_precision(scores, labels) == pytest.approx(
-        slow_average_precision(scores, labels), abs=1e-12
-    )
+    assert average_precision(scores, labels) == pytest.approx(slow_average_precision(scores, labels), abs=1e-12)
     assert f1_max(scores, labels) == pytest.approx(slow_f1_max(scores, labels), abs=1e-12)
 
 

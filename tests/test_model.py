@@ -35,9 +35,7 @@ def test_golden(name, golden_dir):
         "anomaly_map_smoothed": smoothed,
         "score": smoothed.max()[None],
     }
-    ours |= {f"teacher{i}": t for i, t in enumerate(teacher)} | {
-        f"student{i}": s for i, s in enumerate(student)
-    }
+    ours |= {f"teacher{i}": t for i, t in enumerate(teacher)} | {f"student{i}": s for i, s in enumerate(student)}
     for key in golden.files:
         error = np.abs(ours[key][0].numpy() - golden[key]).max()
         assert error <= 3e-6 * max(1, np.abs(golden[key]).max()), (key, error)
@@ -108,9 +106,7 @@ def test_parameter_counts_of_the_large_encoders_beside_the_papers(capsys):
     with capsys.disabled():
         for backbone, paper in (("resnet50", 468), ("wide_resnet50_2", 484)):
             ours = {o: parameters_m(backbone=backbone, attention_output=o) for o in ATTENTION_OUTPUTS}
-            print(
-                f"\n{backbone}: paper {paper} M, ours", ", ".join(f"{o} {m:.1f} M" for o, m in ours.items())
-            )
+            print(f"\n{backbone}: paper {paper} M, ours", ", ".join(f"{o} {m:.1f} M" for o, m in ours.items()))
             assert ours["none"] < ours["linear"] < ours["mlp"]
 
 

@@ -18,9 +18,7 @@ def make(product, seed, kind=GOOD, size_px=128):
 
 
 def line_files(folder):
-    return {
-        path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()
-    }
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def test_all_kinds_occur_and_every_product_has_at_least_four():
@@ -87,18 +85,14 @@ def test_good_parts_vary_in_light_and_pose_but_moderately(product):
     brightness = parts.mean(axis=(1, 2, 3))
     assert 0.015 < brightness.std() / brightness.mean() < 0.06
     assert np.median(parts.std(axis=0)) > 2
-    blurred = np.stack(
-        [cv2.GaussianBlur(part, (0, 0), 3) for part in parts / brightness[:, None, None, None]]
-    )
+    blurred = np.stack([cv2.GaussianBlur(part, (0, 0), 3) for part in parts / brightness[:, None, None, None]])
     assert np.median(blurred.std(axis=0) / blurred.mean(axis=0)) < 0.06
 
 
 @pytest.mark.parametrize("product", PRODUCTS)
 def test_mean_brightness_does_not_give_the_defects_away(product):
     good = np.array([make(product, [1, i], size_px=64)[0].mean() for i in range(60)])
-    bad = np.array(
-        [make(product, [2, i], kind, 64)[0].mean() for kind in DEFECTS[product] for i in range(12)]
-    )
+    bad = np.array([make(product, [2, i], kind, 64)[0].mean() for kind in DEFECTS[product] for i in range(12)])
     auroc = (bad[:, None] > good).mean()
     assert 0.3 < auroc < 0.7
 
@@ -158,9 +152,7 @@ def test_line_has_the_layout_of_mvtec_and_a_calibration_tree(tmp_path):
         expected |= {f"data/{product}/ground_truth/{kind}/000_mask.png" for kind in DEFECTS[product]}
     files = line_files(tmp_path)
     assert set(files) == expected
-    pictures = [
-        content for name, content in files.items() if name.endswith(".png") and "ground_truth" not in name
-    ]
+    pictures = [content for name, content in files.items() if name.endswith(".png") and "ground_truth" not in name]
     assert len(set(pictures)) == len(pictures)  # no picture is in two splits
     mask = cv2.imread(str(tmp_path / "data/gear/ground_truth/stain/000_mask.png"), cv2.IMREAD_UNCHANGED)
     assert mask.shape == (32, 32)

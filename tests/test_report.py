@@ -58,9 +58,7 @@ class Page(HTMLParser):
 
 def a_case(kind, score, threshold=0.5, product="screw", path="", size=(40, 60)):
     image = np.full((*size, 3), (200, 100, 50), np.uint8)
-    return Case(
-        image, image[..., ::-1].copy(), product, kind, score, threshold, path or f"{kind}/{score}.png"
-    )
+    return Case(image, image[..., ::-1].copy(), product, kind, score, threshold, path or f"{kind}/{score}.png")
 
 
 def read(path):
