@@ -21,7 +21,7 @@ from .result import DEFECTIVE, Result
 from .train import train
 
 SIZE_PX = 128
-EPOCHS = 75
+EPOCHS = 60
 CONFIG = replace(PRESETS["small"], depths=(1, 1, 1, 1), height=SIZE_PX, width=SIZE_PX)
 PARTS = {"n_train": 60, "n_calibration": 60, "n_test_good": 20, "n_test_per_kind": 6}
 MAX_FALSE_REJECT = 0.05  # what 60 good images can support at 95 % confidence

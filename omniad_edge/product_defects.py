@@ -52,7 +52,7 @@ def _scratch(part: Part, product: str, rng: np.random.Generator) -> None:
     rotation = np.array([[np.cos(turn), np.sin(turn)], [-np.sin(turn), np.cos(turn)]])
     groove = soft_polygon(size_px, _somewhere(product, rng, size_px) + length * line @ rotation)
     groove *= part.form[..., 0]
-    fresh = {"gear": (0.97, 0.97, 0.96), "board": (0.55, 0.70, 0.74), "cap": (0.86, 0.72, 0.60)}[product]
+    fresh = {"gear": (0.97, 0.97, 0.96), "board": (0.50, 0.72, 0.90), "cap": (0.86, 0.72, 0.60)}[product]
     _blend(part, rng.uniform(0.75, 0.95) * groove, fresh)
     part.form[..., 1] -= 0.008 * cv2.GaussianBlur(groove, (0, 0), 0.002 * size_px)
 
@@ -88,7 +88,7 @@ def _missing_part(part: Part, product: str, rng: np.random.Generator) -> None:
 def _wrong_colour(part: Part, product: str, rng: np.random.Generator) -> None:
     size_px = len(part.colour)
     if product == "board":  # a component from the wrong reel
-        bodies = blueprint(product, size_px).bodies
+        bodies = sorted(blueprint(product, size_px).bodies, key=lambda body: -np.ptp(body, axis=0).prod())[:6]
         paint = ((0.10, 0.14, 0.62), (0.66, 0.34, 0.12), (0.12, 0.56, 0.72))[rng.integers(3)]
         _blend(part, 0.85 * soft_polygon(size_px, bodies[rng.integers(len(bodies))]), paint)
         return

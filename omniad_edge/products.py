@@ -35,7 +35,7 @@ DEFECTS = {
 }
 MIN_SIZE_PX, MAX_SIZE_PX = 32, 1024
 FRAMES_PER_PART = 5
-LINE_VERSION = 2  # in params.json; a change of the drawings needs a new one
+LINE_VERSION = 3  # in params.json; a change of the drawings needs a new one
 DEFECTIVE_SHARE = 0.3  # of the parts on the conveyor
 VISIBLE = 12 / 255  # change of a colour channel that the mask counts; five times the sensor noise
 
@@ -200,7 +200,7 @@ def _conveyor(n_parts: int, seed: int, size_px: int) -> Iterator[tuple[str, str,
             part, shot = _make(product, rng, size_px), _aim(rng)
             if kind != GOOD:
                 paint(part, product, kind, rng)
-            for travel in np.linspace(-0.012, 0.012, FRAMES_PER_PART):
+            for travel in np.linspace(-0.005, 0.005, FRAMES_PER_PART):
                 shift = (shot.shift[0] * 0.5 + travel, shot.shift[1] + rng.normal(0, 0.001))
                 turn_deg = shot.turn_deg + rng.normal(0, 0.1)
                 seen = replace(shot, shift=shift, turn_deg=turn_deg, noise_seed=int(rng.integers(2**63)))
