@@ -23,8 +23,8 @@ from .train import train
 SIZE_PX = 128
 EPOCHS = 60
 CONFIG = replace(PRESETS["small"], depths=(1, 1, 1, 1), height=SIZE_PX, width=SIZE_PX)
-PARTS = {"n_train": 60, "n_calibration": 60, "n_test_good": 20, "n_test_per_kind": 6}
-MAX_FALSE_REJECT = 0.05  # what 60 good images can support at 95 % confidence
+PARTS = {"n_train": 60, "n_calibration": 160, "n_test_good": 20, "n_test_per_kind": 6}
+MAX_FALSE_REJECT = 0.05
 
 
 def run_demo(out: Path) -> None:

@@ -1,0 +1,78 @@
+"""Facts about the machine and the software that a measurement is worth nothing without."""
+
+import os
+import platform
+import re
+import subprocess
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+LIBRARIES = ("omniad-edge", "torch", "onnxruntime", "openvino", "numpy", "opencv-python-headless", "pillow")
+CPU_FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "asimddp", "bf16")
+
+
+def facts() -> dict:
+    """Date, commit, CPU, memory, system and versions; JSON-safe. What cannot be known is "unknown" or absent."""
+    cpu = read("/proc/cpuinfo")
+    model = re.search(r"^model name\s*: (.*)$", cpu, re.MULTILINE)
+    flags = re.search(r"^(?:flags|Features)\s*: (.*)$", cpu, re.MULTILINE)
+    memory = re.search(r"^MemTotal:\s*(\d+) kB$", read("/proc/meminfo"), re.MULTILINE)
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "commit": commit(),
+        "cpu": (model[1] if model else platform.processor()) or "unknown",
+        "cpu_features": [name for name in CPU_FEATURES if flags and name in flags[1].split()],
+        "cores": os.cpu_count(),
+        "memory_mib": int(memory[1]) // 1024 if memory else None,
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "versions": versions(),
+    }
+
+
+def versions() -> dict[str, str]:
+    known = {}
+    for library in LIBRARIES:
+        try:
+            known[library] = version(library)
+        except PackageNotFoundError:
+            known[library] = "not installed"
+    return known
+
+
+def commit() -> str:
+    """The checkout's commit, with "+ changes" if files differ from it."""
+    head, changes = git("rev-parse", "--short=12", "HEAD"), git("status", "--porcelain")
+    return f"{head} + changes" if head and changes else head or "unknown"
+
+
+def git(*command: str) -> str:
+    try:
+        done = subprocess.run(["git", "-C", ROOT, *command], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return done.stdout.strip()
+
+
+def load_average() -> float | None:
+    """Processes that wanted a CPU, mean of the last minute; None where the system does not count them."""
+    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
+
+
+def memory_mib() -> dict[str, float | None]:
+    """This process's memory: resident now, and at its peak. None where there is no /proc."""
+    status = read("/proc/self/status")
+    found = {name: re.search(rf"^{key}:\s*(\d+) kB$", status, re.MULTILINE) for name, key in MEMORY_KEYS}
+    return {name: round(int(match[1]) / 1024, 1) if match else None for name, match in found.items()}
+
+
+MEMORY_KEYS = (("resident_mib", "VmRSS"), ("peak_mib", "VmHWM"))
+
+
+def read(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
