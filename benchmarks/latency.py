@@ -30,7 +30,7 @@ from machine import facts, load_average
 
 from omniad_edge import Detector
 from omniad_edge.bundle import Bundle, read_bundle
-from omniad_edge.engine import cpu_has_bf16, import_openvino, objection_to_bf16
+from omniad_edge.engine import cpu_has_bf16, import_openvino, objection
 from omniad_edge.errors import InputError, MissingDependencyError, OmniADError
 from omniad_edge.files import atomic_write
 
@@ -175,7 +175,7 @@ def input_of(path: Path) -> tuple[int, int, dict]:
 
 def select_cases(files: dict[str, Path], only: list[str]) -> tuple[list[Case], list[str]]:
     """The cases that were asked for and can run here; and why others cannot."""
-    objections = {("openvino", precision): objection(precision, None) for precision in ("fp32", "bf16")}
+    objections = {("openvino", precision): left_out(precision, None) for precision in ("fp32", "bf16")}
     bundle = read_bundle(files["ours"])
     cases, left_out = [], {}
     for name in NAMES:
@@ -185,7 +185,7 @@ def select_cases(files: dict[str, Path], only: list[str]) -> tuple[list[Case], l
             continue
         reason = objections.get((backend, precision), "")
         if not reason and group == "ours" and precision == "bf16":
-            reason = objection(precision, bundle)
+            reason = left_out(precision, bundle)
         if reason:
             left_out.setdefault(reason, []).append(name)
             continue
@@ -196,10 +196,10 @@ def select_cases(files: dict[str, Path], only: list[str]) -> tuple[list[Case], l
     return cases, lines
 
 
-def objection(precision: str, bundle: Bundle | None) -> str:
+def left_out(precision: str, bundle: Bundle | None) -> str:
     """Why OpenVINO cannot run here in this precision; empty if it can."""
     if bundle is not None:
-        return objection_to_bf16(bundle)
+        return objection(bundle, "bf16")
     try:
         import_openvino()
         return "" if precision == "fp32" or cpu_has_bf16() else "this CPU does not have bf16"

@@ -75,7 +75,7 @@ def write_seeded_bundle(path: Path, model: OmniAD, fp16: bool) -> None:
         "outputs": ["anomaly_map", "pred_score"],
         "products": {"seeded": calibrate([threshold], float(np.median(anomaly_map))).to_dict()},
         # Without an entry bf16 is refused at run time; nobody inspects parts with this bundle.
-        "parity": {"engines": {"openvino bf16": {"passed": True}}},
+        "parity": {"engines": {f"openvino {p}": {"passed": True} for p in ("fp32", "bf16")}},
         "trained_on": [],
         "history": [],
     }
