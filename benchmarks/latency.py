@@ -175,7 +175,7 @@ def input_of(path: Path) -> tuple[int, int, dict]:
 
 def select_cases(files: dict[str, Path], only: list[str]) -> tuple[list[Case], list[str]]:
     """The cases that were asked for and can run here; and why others cannot."""
-    objections = {("openvino", precision): left_out(precision, None) for precision in ("fp32", "bf16")}
+    objections = {("openvino", precision): unavailable(precision, None) for precision in ("fp32", "bf16")}
     bundle = read_bundle(files["ours"])
     cases, left_out = [], {}
     for name in NAMES:
@@ -185,7 +185,7 @@ def select_cases(files: dict[str, Path], only: list[str]) -> tuple[list[Case], l
             continue
         reason = objections.get((backend, precision), "")
         if not reason and group == "ours" and precision == "bf16":
-            reason = left_out(precision, bundle)
+            reason = unavailable(precision, bundle)
         if reason:
             left_out.setdefault(reason, []).append(name)
             continue
@@ -196,7 +196,7 @@ def select_cases(files: dict[str, Path], only: list[str]) -> tuple[list[Case], l
     return cases, lines
 
 
-def left_out(precision: str, bundle: Bundle | None) -> str:
+def unavailable(precision: str, bundle: Bundle | None) -> str:
     """Why OpenVINO cannot run here in this precision; empty if it can."""
     if bundle is not None:
         return objection(bundle, "bf16")

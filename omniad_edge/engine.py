@@ -87,13 +87,11 @@ class OpenVinoEngine:
             # One per thread: a request is not thread-safe, and making one costs more than a small image.
             if not hasattr(self.requests, "own"):
                 self.requests.own = self.compiled.create_infer_request()
-            anomaly_maps, pred_scores = np.empty(pixels.shape[:3], np.float32), np.empty(len(pixels), np.float32)
-            for index in range(len(pixels)):
-                outputs = self.requests.own.infer({"pixels": pixels[index : index + 1]})
-                anomaly_maps[index], pred_scores[index] = outputs["anomaly_map"][0], outputs["pred_score"][0]
+            infer = self.requests.own.infer
+            outputs = [infer({"pixels": pixels[index : index + 1]}) for index in range(len(pixels))]
         except Exception as exc:
             raise EngineError(f"OpenVINO failed on pixels {pixels.shape}: {exc}") from exc
-        return anomaly_maps, pred_scores
+        return tuple(np.concatenate([o[name] for o in outputs]) for name in ("anomaly_map", "pred_score"))
 
 
 def open_engine(
