@@ -103,10 +103,12 @@ class Result:
         line_px = max(1, round(min(size) / 200))
         cv2.drawContours(picture, outlines, -1, (255, 255, 255), line_px)
         text = f"{self.pred_label} {self.pred_score:.4f} / {self.threshold:.4f}"
-        text_scale = min(size) / 400
-        place = (4 * line_px, round(18 * text_scale) + 2 * line_px)
-        for ink, px in (((0, 0, 0), 4 * line_px), ((255, 255, 255), line_px)):
-            cv2.putText(picture, text, place, cv2.FONT_HERSHEY_SIMPLEX, 0.6 * text_scale, ink, px, cv2.LINE_AA)
+        font, scale = cv2.FONT_HERSHEY_SIMPLEX, 0.6 * min(size) / 400
+        (text_width, text_height), below = cv2.getTextSize(text, font, scale, line_px)
+        corner = (text_width + 4 * line_px, text_height + below + 4 * line_px)
+        cv2.rectangle(picture, (0, 0), corner, (0, 0, 0), cv2.FILLED)
+        place = (2 * line_px, text_height + 2 * line_px)
+        cv2.putText(picture, text, place, font, scale, (255, 255, 255), line_px, cv2.LINE_AA)
         return picture
 
 
