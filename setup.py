@@ -3,11 +3,11 @@ from setuptools import setup
 # `kernels` and `export` are top-level folders of the repository but sub-packages of the product:
 # a bare top-level package named `kernels` exists on PyPI already.
 setup(
-    packages=["omniad_edge", "omniad_edge.kernels", "omniad_edge.export"],
+    packages=["omniad_edge", "omniad_edge.backbones", "omniad_edge.kernels", "omniad_edge.export"],
     package_dir={
         "omniad_edge": "omniad_edge",
         "omniad_edge.kernels": "kernels",
         "omniad_edge.export": "export",
     },
-    package_data={"omniad_edge": ["backbones/*"]},
+    package_data={"omniad_edge.backbones": ["*"]},
 )

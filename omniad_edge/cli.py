@@ -32,7 +32,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         console.print(f"[red]error:[/] {type(exc).__name__}: ", end="")
         console.print(str(exc), markup=False, soft_wrap=True)
     except KeyboardInterrupt:
-        console.print("[red]interrupted[/]")
+        console.print("interrupted; a training goes on with the same command and --resume")
     except OSError as exc:
         console.print(f"error: {exc}", markup=False, soft_wrap=True)
     return 1
@@ -156,25 +156,21 @@ def train(options: argparse.Namespace) -> None:
     config = model.PRESETS[options.preset]
     if options.size:
         config = replace(config, height=options.size[0], width=options.size[1])
-    try:
-        result = train(
-            options.data,
-            options.out,
-            config,
-            epochs=options.epochs,
-            backbone_weights=options.backbone_weights,
-            batch_size=options.batch_size,
-            holdout=options.holdout,
-            validate_every=options.validate_every,
-            seed=options.seed,
-            cache_features=options.cache_features,
-            on_broken="skip" if options.skip_broken else "stop",
-            resume=options.resume,
-            device=options.device,
-        )
-    except KeyboardInterrupt:
-        console.print(f"interrupted; go on with the same command and --resume ({options.out})")
-        raise
+    result = train(
+        options.data,
+        options.out,
+        config,
+        epochs=options.epochs,
+        backbone_weights=options.backbone_weights,
+        batch_size=options.batch_size,
+        holdout=options.holdout,
+        validate_every=options.validate_every,
+        seed=options.seed,
+        cache_features=options.cache_features,
+        on_broken="skip" if options.skip_broken else "stop",
+        resume=options.resume,
+        device=options.device,
+    )
     held_out = "" if result.val_loss is None else f", held out {result.val_loss:.4f}"
     print(f"{result.checkpoint}: epoch {result.best_epoch}, loss {result.loss:.4f}{held_out}")
 
