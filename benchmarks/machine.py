@@ -5,11 +5,11 @@ import platform
 import re
 import subprocess
 from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from omniad_edge.versions import versions
+
 ROOT = Path(__file__).resolve().parents[1]
-LIBRARIES = ("omniad-edge", "torch", "onnxruntime", "openvino", "numpy", "opencv-python-headless", "pillow")
 CPU_FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "asimddp", "bf16")
 
 
@@ -28,18 +28,8 @@ def facts() -> dict:
         "memory_mib": int(memory[1]) // 1024 if memory else None,
         "system": platform.platform(),
         "python": platform.python_version(),
-        "versions": versions(),
+        "versions": {name: value for name, value in versions().items() if name != "python"},
     }
-
-
-def versions() -> dict[str, str]:
-    known = {}
-    for library in LIBRARIES:
-        try:
-            known[library] = version(library)
-        except PackageNotFoundError:
-            known[library] = "not installed"
-    return known
 
 
 def commit() -> str:

@@ -4,7 +4,6 @@ import random
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from itertools import groupby
 from pathlib import Path
 
@@ -16,12 +15,12 @@ from ..errors import ExportError, MissingDependencyError
 from ..evaluate import Predictions, calibrate_products, held_out_samples, predict_images
 from ..kernels.fold import fold
 from ..model import OmniAD
+from ..versions import versions
 from ..weights import load_run
 from .onnx_graph import build_graph, weights_message
 from .parity import compare, good_only
 
 IMAGES_PER_KIND = 32  # of each product, good and defective, that the gate looks at
-LIBRARIES = ("omniad-edge", "torch", "onnx", "onnxruntime", "openvino", "numpy", "pillow")
 
 
 @dataclass(frozen=True)
@@ -142,13 +141,3 @@ def first(predictions: Predictions, count: int) -> Predictions:
     images = predictions.images
     images = Images(images.pixels[:count], images.samples[:count], images.broken)
     return Predictions(images, predictions.anomaly_maps[:count], predictions.pred_scores[:count])
-
-
-def versions() -> dict[str, str]:
-    known = {}
-    for library in LIBRARIES:
-        try:
-            known[library] = version(library)
-        except PackageNotFoundError:
-            continue
-    return known

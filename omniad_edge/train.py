@@ -6,12 +6,10 @@ uninterrupted one bit for bit.
 """
 
 import math
-import platform
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +24,7 @@ from .model import ModelConfig, OmniAD, normalise, reconstruction_loss
 from .progress import Report, counting, progress_display, say
 from .run_folder import RunFolder, State, trained
 from .training_images import check_memory, describe_images, load_good_images, split_holdout
+from .versions import versions
 from .weights import load_backbone
 
 LEARNING_RATE = 1e-3
@@ -286,12 +285,3 @@ def at_least(least: int, value: int, name: str) -> int:
     if not isinstance(value, int) or value < least:
         raise InputError(f"{name}: expected a whole number from {least} on; got {value!r}")
     return value
-
-
-def versions() -> dict[str, str]:
-    return {
-        "omniad-edge": version("omniad-edge"),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-    }

@@ -8,8 +8,8 @@ import torch
 from omniad_edge.data import find_samples
 from omniad_edge.model import ModelConfig, OmniAD
 from omniad_edge.products import write_line
-from omniad_edge.train import versions
 from omniad_edge.training_images import describe_images, split_holdout
+from omniad_edge.versions import versions
 from omniad_edge.weights import save_checkpoint
 
 CONFIG = ModelConfig(backbone="resnet18", depths=(1, 1, 1, 1), height=64, width=64)
