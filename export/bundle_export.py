@@ -7,7 +7,7 @@ from datetime import datetime, timezone
 from itertools import groupby
 from pathlib import Path
 
-from ..bundle import write_bundle
+from ..bundle import FIXED_INPUT, write_bundle
 from ..calibration import Calibration
 from ..data import Images, Sample, find_samples, load_images
 from ..engine import OnnxRuntimeEngine, OpenVinoEngine, cpu_has_bf16
@@ -67,14 +67,7 @@ def export_bundle(
         "versions": versions(),
         "model": config.to_dict() | {"backbone_weights": facts["backbone"]},
         "precision": "fp16" if fp16 else "fp32",
-        "input": {
-            "height": config.height,
-            "width": config.width,
-            "layout": "NHWC",
-            "dtype": "uint8",
-            "colour": "RGB",
-            "resize": "pillow-bilinear",
-        },
+        "input": {"height": config.height, "width": config.width, **FIXED_INPUT},
         "outputs": ["anomaly_map", "pred_score"],
         "products": {product: calibration.to_dict() for product, calibration in calibrations.items()},
         "parity": {"engines": engines},

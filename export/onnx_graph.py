@@ -11,6 +11,7 @@ from math import isqrt
 import numpy as np
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
+from ..engine import DISTANCES
 from ..kernels.fold import Array, Conv, Expand, KeyValue, Network, Query
 from ..kernels.network import forward
 from ..model import HEADS
@@ -272,7 +273,11 @@ class OnnxOps:
         dot = self.emit("ReduceSum", self.emit("Mul", t, s), self.integers(1), keepdims=0)
         norms = (self.emit("ReduceL2", x, axes=[1], keepdims=0) for x in (t, s))
         norms = [self.emit("Max", norm, self.constant(1e-8)) for norm in norms]  # torch's cosine_similarity
-        return self.emit("Sub", self.constant(1), self.emit("Div", dot, self.emit("Mul", *norms)))
+        cosine = self.emit("Div", dot, self.emit("Mul", *norms))
+        # Named, as an engine may compute up to here in a lower precision than from here on.
+        name = DISTANCES[sum(node.output[0] in DISTANCES for node in self.nodes)]
+        self.nodes.append(helper.make_node("Sub", [self.constant(1).name, cosine.name], [name], name))
+        return replace(cosine, name=name)
 
     def resample(self, x: Value, rows: Array, columns: Array) -> Value:
         y = self.emit("MatMul", self.weight(rows, FLOAT), x)

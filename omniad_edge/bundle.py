@@ -56,7 +56,7 @@ KINDS = {
     "parts": dict,
 }
 JSON_KIND = {str: "a string", dict: "an object", list: "a list"}
-FIXED_INPUT = {"layout": "NHWC", "dtype": "uint8", "colour": "RGB", "resize": "pillow-bilinear"}
+FIXED_INPUT = {"layout": "NHWC", "dtype": "uint8", "colour": "RGB", "resize": "area-halved pillow-bilinear"}
 HISTORY_KEYS = ("time", "action", "product", "old_threshold", "new_threshold")
 OUTPUTS = ["anomaly_map", "pred_score"]
 

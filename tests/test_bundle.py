@@ -40,7 +40,7 @@ def manifest(**changes) -> dict:
             "layout": "NHWC",
             "dtype": "uint8",
             "colour": "RGB",
-            "resize": "pillow-bilinear",
+            "resize": "area-halved pillow-bilinear",
         },
         "outputs": ["anomaly_map", "pred_score"],
         "products": {"screw": SCREW.to_dict(), "tile": TILE.to_dict()},

@@ -30,6 +30,17 @@ def test_noise_equals_the_authors_preprocessing(tmp_path, rng, size, target):
     assert resized.shape == (*target, 3) and resized.dtype == np.uint8 and resized.flags.c_contiguous
 
 
+@pytest.mark.parametrize("size", [(1080, 1920), (1024, 1024), (2160, 3840), (1201, 1603), (3000, 300)])
+def test_large_frames_differ_little_from_the_authors_preprocessing(data_dir, rng, size):
+    """Halved first; with as much detail as a camera's noise brings."""
+    photo = read_image(list_images(data_dir / "screw" / "test" / "good")[0])
+    frame = cv2.resize(photo, size[::-1], interpolation=cv2.INTER_CUBIC).astype(int)
+    frame = np.clip(frame + rng.integers(-9, 10, frame.shape), 0, 255).astype(np.uint8)
+    direct = Image.fromarray(frame[..., ::-1]).resize((256, 256), Image.Resampling.BILINEAR)
+    difference = np.abs(resize(frame, 256, 256).astype(int) - np.asarray(direct))
+    assert difference.mean() <= 0.5 and difference.max() <= 4
+
+
 def test_bgr_comes_out_as_rgb():
     frame = np.zeros((100, 200, 3), np.uint8)
     frame[:] = 10, 20, 30
