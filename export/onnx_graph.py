@@ -209,9 +209,10 @@ class OnnxOps:
         y = self.emit("InstanceNormalization", x, one, zero, epsilon=eps)
         return self.cast(self.silu(y), self.compute)
 
-    def heads(self, x: Value, weight: Array, bias: Array | None = None) -> Value:
-        """Projects x and splits it: (N, H*W, heads, d)."""
+    def heads(self, x: Value, weight: Array, bias: Array | None = None, part: Value | None = None) -> Value:
+        """Projects x, adds the map `part` and splits it: (N, H*W, heads, d)."""
         y = self.pointwise(self.tokens(x), weight, bias)
+        y = y if part is None else self.add(y, part)
         return self.emit("Reshape", y, self.integers(0, 0, HEADS, len(weight) // HEADS))
 
     def merge(self, o: Value, like: Value) -> Value:

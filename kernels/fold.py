@@ -5,6 +5,7 @@ Exact folds, tested against the plain model to 1e-12 (`network.py` says how the 
 - projections of learnable tokens; the softmax scale; the key bias (a softmax does not see a constant)
 - pe, added behind a softmax: of learnable queries pe (sum of V), of learnable keys a constant per channel
 - biases in front of an instance norm, which removes them
+- the attention outputs' last projections into what follows them, the queries of the second step and `mix`
 - upsampling, Gaussian and weights of the anomaly map into one matrix per axis and scale
 """
 
@@ -85,7 +86,7 @@ class KeyValue:
     """Learnable keys and values: o = softmax(Q k) v, Q = query x + query_bias."""
 
     query: Array  # (C, C), scaled by 1/sqrt(d)
-    query_bias: Array  # (C,)
+    query_bias: Array | None  # (C,)
     k: Array  # (heads, d, T)
     v: Array  # (heads, T, d)
 
@@ -104,8 +105,8 @@ class Self:
 class Step:
     """One attention step: attend, then (mlp output only) SiLU(hidden o + hidden_bias), then project.
 
-    project is None for output "none"; project_bias then holds what the attention still lacks. The second
-    step's is None: an instance norm follows and removes it.
+    project is None for output "none"; project_bias then holds what the attention still lacks. The second step
+    has neither: its projection is in the block's mix2, and an instance norm removes the bias.
     """
 
     attend: Query | KeyValue | Self
@@ -126,12 +127,19 @@ class Local:
 
 @dataclass(frozen=True)
 class Block:
-    """An Omni-block; mix carries MIX_SCALE."""
+    """An Omni-block; mix, mix1 and mix2 carry MIX_SCALE.
+
+    mix1 is there where learnable queries are followed by learnable keys and values, as in the paper. What the
+    first step's tokens add to the second step's queries and to mix is then projected on the tokens, not on the
+    map: step1.project and its bias give the part of the queries (their own bias too), mix1 the part of mix.
+    """
 
     step1: Step | None
     step2: Step | None
     local: Local | None
     mix: Array  # (C, C)
+    mix1: Array | None  # (C, C)
+    mix2: Array | None  # (C, C)
     out: Array  # (C, C)
     out_bias: Array  # (C,)
 
@@ -216,11 +224,14 @@ def fold_conv(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> Conv:
 
 def fold_block(block: OmniBlock, positions: int) -> Block:
     mix = array(block.mix.weight) * MIX_SCALE
-    step1 = step2 = None
+    step1 = step2 = mix1 = mix2 = None
     if block.global_branch is not None:
         step1 = fold_step(block.global_branch.step1, positions)
         step2 = fold_step(block.global_branch.step2, positions)
-        step2 = replace(step2, project_bias=None)
+        mix2 = mix.copy() if step2.project is None else mix @ step2.project
+        step2 = replace(step2, project=None, project_bias=None)
+        if isinstance(step1.attend, Query) and isinstance(step2.attend, KeyValue):
+            step1, step2, mix1 = join(step1, step2, mix)
     local = None
     if block.local_branch is not None:
         local = Local(
@@ -230,7 +241,16 @@ def fold_block(block: OmniBlock, positions: int) -> Block:
                 for n in ("pointwise3", "pointwise5", "mix")
             },
         )
-    return Block(step1, step2, local, mix, array(block.out.weight), array(block.out.bias))
+    return Block(step1, step2, local, mix, mix1, mix2, array(block.out.weight), array(block.out.bias))
+
+
+def join(step1: Step, step2: Step, mix: Array) -> tuple[Step, Step, Array]:
+    """The first step's projection merged with the second's queries, and with mix (mix1)."""
+    keys = step2.attend
+    project = np.eye(len(mix)) if step1.project is None else step1.project
+    bias = np.zeros(len(mix)) if step1.project_bias is None else step1.project_bias
+    part = replace(step1, project=keys.query @ project, project_bias=keys.query @ bias + keys.query_bias)
+    return part, replace(step2, attend=replace(keys, query_bias=None)), mix @ project
 
 
 def fold_step(step: nn.Module, positions: int) -> Step:

@@ -71,12 +71,24 @@ def decoder(ops, network: Network, x):
 
 def omni_block(ops, weights: Block, x):
     y = None if weights.local is None else local(ops, weights.local, x)
-    if weights.step1 is not None:
-        m = ops.add(step(ops, weights.step1, x), x)
-        g = ops.add(ops.add(step(ops, weights.step2, m), m), x)
-        y = g if y is None else ops.add(y, g)
-    y = ops.norm_silu(ops.pointwise(y, weights.mix), EPS * MIX_SCALE**2)
-    return ops.add(x, ops.pointwise(y, weights.out, weights.out_bias))
+    if weights.step1 is None:
+        u = ops.pointwise(y, weights.mix)
+    elif weights.mix1 is None:
+        m = ops.add(spread(ops, weights.step1, project(ops, weights.step1, attend(ops, weights.step1, x)), x), x)
+        o = ops.pointwise(attend(ops, weights.step2, m), weights.mix2)
+        u = ops.add(ops.pointwise(plus(ops, ops.add(m, x), y), weights.mix), spread(ops, weights.step2, o, x))
+    else:
+        o = attend(ops, weights.step1, x)
+        query = ops.spread(project(ops, weights.step1, o), x)
+        o2 = attend(ops, weights.step2, x, query)
+        u = ops.add(ops.pointwise(plus(ops, ops.add(x, x), y), weights.mix), ops.pointwise(o2, weights.mix2))
+        u = ops.add(u, ops.spread(ops.pointwise(o, weights.mix1), x))
+    u = ops.norm_silu(u, EPS * MIX_SCALE**2)
+    return ops.add(x, ops.pointwise(u, weights.out, weights.out_bias))
+
+
+def plus(ops, a, b):
+    return a if b is None else ops.add(a, b)
 
 
 def local(ops, weights: Local, x):
@@ -90,23 +102,32 @@ def local(ops, weights: Local, x):
     return ops.norm_silu(ops.pointwise(ops.concat(z3, z5), weights.mix), EPS)
 
 
-def step(ops, weights: Step, x):
-    """One attention step with its output map, as fine as x."""
-    attend = weights.attend
-    if isinstance(attend, Query):
-        o = ops.query_attention(attend, ops.heads(x, attend.key), ops.heads(x, attend.value))
-    elif isinstance(attend, KeyValue):
-        o = ops.key_value_attention(attend, ops.heads(x, attend.query, attend.query_bias), x)
+def attend(ops, weights: Step, x, query_part=None):
+    """One attention step, up to its last projection: on the tokens if these are its queries, else as fine as x.
+
+    query_part: a map added to the queries of learnable keys and values.
+    """
+    of = weights.attend
+    if isinstance(of, Query):
+        o = ops.query_attention(of, ops.heads(x, of.key), ops.heads(x, of.value))
+    elif isinstance(of, KeyValue):
+        o = ops.key_value_attention(of, ops.heads(x, of.query, of.query_bias, query_part), x)
     else:
-        query = ops.heads(x, attend.query, attend.query_bias)
-        o = ops.self_attention(query, ops.heads(x, attend.key), ops.heads(x, attend.value), x)
+        query = ops.heads(x, of.query, of.query_bias)
+        o = ops.self_attention(query, ops.heads(x, of.key), ops.heads(x, of.value), x)
     if weights.hidden is not None:
         o = ops.silu(ops.pointwise(o, weights.hidden, weights.hidden_bias))
+    return o
+
+
+def project(ops, weights: Step, o):
     if weights.project is not None:
-        o = ops.pointwise(o, weights.project, weights.project_bias)
-    elif weights.project_bias is not None:
-        o = ops.add_bias(o, weights.project_bias)
-    return ops.spread(o, x) if isinstance(attend, Query) else o
+        return ops.pointwise(o, weights.project, weights.project_bias)
+    return o if weights.project_bias is None else ops.add_bias(o, weights.project_bias)
+
+
+def spread(ops, weights: Step, o, x):
+    return ops.spread(o, x) if isinstance(weights.attend, Query) else o
 
 
 class TorchOps:
@@ -157,9 +178,11 @@ class TorchOps:
     def norm_silu(self, x: Tensor, eps: float) -> Tensor:
         return F.silu(F.instance_norm(x, eps=eps))
 
-    def heads(self, x: Tensor, weight: Array, bias: Array | None = None) -> Tensor:
-        """Projects x and splits it: (N, heads, H*W, d)."""
-        return self.pointwise(x, weight, bias).flatten(2).unflatten(1, (HEADS, -1)).transpose(2, 3)
+    def heads(self, x: Tensor, weight: Array, bias: Array | None = None, part: Tensor | None = None) -> Tensor:
+        """Projects x, adds the map `part` and splits it: (N, heads, H*W, d)."""
+        y = self.pointwise(x, weight, bias)
+        y = y if part is None else y + part
+        return y.flatten(2).unflatten(1, (HEADS, -1)).transpose(2, 3)
 
     def query_attention(self, attend: Query, key: Tensor, value: Tensor) -> Tensor:
         p = (self.weight(attend.q) @ key.transpose(2, 3)).softmax(-1)  # (N, heads, T, H*W)
