@@ -5,14 +5,14 @@ concatenate to their merge, so `graph bytes + weights bytes` is a complete ONNX 
 layout or precision) share the weights without storing them twice. Only standard operators, opset 17.
 """
 
-from dataclasses import dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, replace
 from math import isqrt
 
 import numpy as np
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from ..engine import DISTANCES
-from ..kernels.fold import Array, Conv, Expand, KeyValue, Network, Query
+from ..kernels.fold import Array, Conv, Expand, KeyValue, Network, Query, array_names
 from ..kernels.network import forward
 from ..model import HEADS
 
@@ -22,16 +22,19 @@ FLOAT, HALF = TensorProto.FLOAT, TensorProto.FLOAT16
 IMAGE, TOKENS = "image", "tokens"
 
 
-def build_graph(network: Network, half: bool, half_weights: bool) -> tuple[bytes, dict[str, np.ndarray]]:
+def build_graph(
+    network: Network, half: bool, half_weights: bool, stream: str = TOKENS
+) -> tuple[bytes, dict[str, np.ndarray]]:
     """One graph and the weights it takes.
 
     half:         compute in fp16 what is safe in it; the rest, and both outputs, stay fp32
     half_weights: matrices are stored in fp16; a graph that computes in fp32 casts them, which runtimes do
                   once while loading
+    stream:       layout of the decoder's residual stream, "tokens" or "image"
     Returns a serialised ModelProto without weights, and the weights by name. Its input is `pixels`
     (N, H, W, 3) uint8 RGB with any N, its outputs are `anomaly_map` (N, H, W) and `pred_score` (N,) fp32.
     """
-    ops = OnnxOps(network, half, half_weights)
+    ops = OnnxOps(network, half, half_weights, stream)
     outputs = zip(("anomaly_map", "pred_score"), forward(ops, network, "pixels"), strict=True)
     nodes = ops.nodes + [helper.make_node("Identity", [made.name], [name]) for name, made in outputs]
     size = (network.height, network.width)
@@ -57,22 +60,6 @@ def weights_message(weights: dict[str, np.ndarray]) -> bytes:
     return model.SerializeToString()
 
 
-def weight_names(value, prefix: str = "") -> dict[int, str]:
-    """id of each array in the nested dataclasses of a folded network -> its path, like "stages.0.2.mix"."""
-    if isinstance(value, np.ndarray):
-        return {id(value): prefix}
-    if is_dataclass(value):
-        children = [(field.name, getattr(value, field.name)) for field in fields(value)]
-    elif isinstance(value, tuple):
-        children = [(str(index), child) for index, child in enumerate(value)]
-    else:
-        return {}
-    names = {}
-    for name, child in children:
-        names |= weight_names(child, f"{prefix}.{name}" if prefix else name)
-    return names
-
-
 @dataclass(frozen=True)
 class Value:
     """A tensor of the graph. As a map it is an image (N, C, H, W) or tokens (N, H*W, C)."""
@@ -92,10 +79,11 @@ class OnnxOps:
     layouts tried (also: all channels first; the stream as an image) the fastest on ONNX Runtime and OpenVINO.
     """
 
-    def __init__(self, network: Network, half: bool, half_weights: bool) -> None:
-        self.names = weight_names(network)
+    def __init__(self, network: Network, half: bool, half_weights: bool, stream: str = TOKENS) -> None:
+        self.names = array_names(network)
         self.compute = HALF if half else FLOAT
         self.half_weights = half_weights
+        self.stream = stream
         self.nodes = []
         self.weights: dict[str, np.ndarray] = {}
         self.constants: dict[str, np.ndarray] = {}
@@ -120,8 +108,10 @@ class OnnxOps:
 
     def weight(self, value: Array, type: int) -> Value:
         name = self.names[id(value)]
-        # The anomaly map's matrices stay fp32: the score is read off their product.
-        half = self.half_weights and value.ndim > 1 and not name.startswith("resample")
+        # The anomaly map's matrices stay fp32: the score is read off their product. So do pe and the constant of
+        # the tokens, small arrays that stand beside a sum over all positions.
+        exact = name.startswith("resample") or name.endswith((".pe", ".constant"))
+        half = self.half_weights and value.ndim > 1 and not exact
         self.weights[name] = np.ascontiguousarray(value, dtype=np.float16 if half else np.float32)
         return self.cast(Value(name, HALF if half else FLOAT), type)
 
@@ -149,7 +139,7 @@ class OnnxOps:
         return self.emit("Transpose", y, like=replace(x, layout=TOKENS), perm=[0, 2, 1])
 
     def decoder_input(self, x: Value) -> Value:
-        return self.tokens(x)
+        return self.image(x) if self.stream == IMAGE else self.tokens(x)
 
     # ---- backbone and neck
 
@@ -265,7 +255,7 @@ class OnnxOps:
         y = self.emit("Reshape", y, self.integers(0, 4 * height * width, d), like=like)
         gamma, beta = self.weight(weights.gamma, FLOAT), self.weight(weights.beta, FLOAT)
         y = self.emit("LayerNormalization", y, gamma, beta, axis=-1, epsilon=1e-5)
-        return self.cast(y, self.compute)
+        return self.decoder_input(self.cast(y, self.compute))
 
     # ---- anomaly map
 

@@ -9,7 +9,7 @@ Exact folds, tested against the plain model to 1e-12 (`network.py` says how the 
 - upsampling, Gaussian and weights of the anomaly map into one matrix per axis and scale
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from math import prod
 
 import numpy as np
@@ -284,6 +284,22 @@ def fold_attention(step: nn.Module, positions: int) -> tuple[Query | KeyValue | 
         k, v = heads(tokens @ key.T + key_bias), heads(tokens @ value.T + value_bias)
         return KeyValue(query, query_bias, k.transpose(0, 2, 1), v), (array(step.pe)[0] @ v).reshape(dim)
     return Self(query, query_bias, key, value), value_bias
+
+
+def array_names(value, prefix: str = "") -> dict[int, str]:
+    """id of each array in the nested dataclasses of a folded network -> its path, like "stages.0.2.mix"."""
+    if isinstance(value, np.ndarray):
+        return {id(value): prefix}
+    if is_dataclass(value):
+        children = [(field.name, getattr(value, field.name)) for field in fields(value)]
+    elif isinstance(value, tuple):
+        children = [(str(index), child) for index, child in enumerate(value)]
+    else:
+        return {}
+    names = {}
+    for name, child in children:
+        names |= array_names(child, f"{prefix}.{name}" if prefix else name)
+    return names
 
 
 def heads(tokens: Array) -> Array:

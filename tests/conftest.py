@@ -7,6 +7,11 @@ os.environ.setdefault("GOMP_SPINCOUNT", "4000")  # as the command line does, bef
 
 import numpy as np
 import pytest
+import torch
+
+# Kernels run on the GPU there is, else in Triton's interpreter, which must be chosen before triton is imported.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
