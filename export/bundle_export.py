@@ -1,7 +1,7 @@
 """A training run in, a bundle out: fold, build the graphs, pass the parity gate, calibrate, write."""
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from itertools import groupby
@@ -17,6 +17,8 @@ from ..kernels.fold import fold
 from ..model import OmniAD
 from ..versions import versions
 from ..weights import load_run
+from .cubins import check_targets
+from .fused_parts import fused_parts
 from .onnx_graph import build_graph, weights_message
 from .parity import compare, good_only
 
@@ -38,19 +40,26 @@ def export_bundle(
     out: str | Path,
     fp16: bool = False,
     data: str | Path | None = None,
+    targets: Sequence[str] = (),
     report: Callable[[str, dict], None] | None = None,
+    progress: Callable[[str], None] | None = None,
 ) -> ExportReport:
     """Write the bundle of a training run.
 
-    run:    folder of `train`, or a checkpoint file
-    fp16:   store matrices in fp16 and add the graph that computes in it, for GPUs; CPUs compute in fp32 still
-    data:   the data set, where it is no longer at the place it was trained from
-    report: called with each engine's name and its parity report as soon as it is known
+    run:      folder of `train`, or a checkpoint file
+    fp16:     store matrices in fp16 and add the graph that computes in it, for GPUs; CPUs compute in fp32 still
+    data:     the data set, where it is no longer at the place it was trained from
+    targets:  GPU architectures to compile the fused engine's kernels for, like "sm_87"; they need fp16
+    report:   called with each engine's name and its parity report as soon as it is known
+    progress: called with a line for each architecture that is compiled
 
     The gate compares every engine that can run here with the trained network, on good images that were not
     trained on (or on training images, where none were held out) and on test images if there are any. Raises
     ExportError, and writes nothing, if one is beyond its limits; bf16 may fail, it is then refused at run time.
     """
+    if targets and not fp16:
+        raise ExportError("targets: the fused kernels compute in fp16; export with --fp16 too")
+    check_targets(targets)
     model, facts = load_run(run)
     config, data = model.config, Path(data or facts["data"])
     good, test = held_out_samples(data, facts["holdout"]), test_samples(data)
@@ -60,7 +69,9 @@ def export_bundle(
     parts = {"graphs/cpu.onnx": cpu, "weights.onnx": weights_message(weights)}
     if fp16:
         parts["graphs/fp16.onnx"], _ = build_graph(network, half=True, half_weights=True)
-    engines, predictions = pass_gate(model, images, parts, report)
+    engines, reference, predictions = pass_gate(model, images, parts, report)
+    if targets:
+        parts |= fused_parts(network, targets, images.pixels, reference.anomaly_maps, progress)
     calibrations = calibrate_products(good_only(first(predictions, len(good))))
     manifest = {
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -96,8 +107,8 @@ def limited(samples: list[Sample], pick: random.Random) -> list[Sample]:
 
 def pass_gate(
     model: OmniAD, images: Images, parts: dict[str, bytes], report: Callable[[str, dict], None] | None
-) -> tuple[dict[str, dict], Predictions]:
-    """Reports of all engines, and the predictions of the default one, ONNX Runtime."""
+) -> tuple[dict[str, dict], Predictions, Predictions]:
+    """Reports of all engines; the predictions of the trained network and of the default engine, ONNX Runtime."""
     reference = predict_images(model.predict, images)
     reports, failures, default = {}, [], None
     for name, precision, predict in candidates(parts):
@@ -112,7 +123,7 @@ def pass_gate(
         raise ExportError(
             "the export is not the trained network any more; nothing was written. " + "; ".join(failures)
         )
-    return reports, default
+    return reports, reference, default
 
 
 def candidates(parts: dict[str, bytes]):

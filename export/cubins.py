@@ -51,6 +51,8 @@ def compile_launch(launch: Launch, plan: Plan, arch: int) -> Kernel:
         from triton.compiler import ASTSource
     except ImportError as exc:
         raise MissingDependencyError("Triton", "kernels") from exc
+    if triton.knobs.runtime.interpret:
+        raise ExportError("TRITON_INTERPRET is set, so Triton does not compile; unset it and export again")
     if arch in NEEDS_CUDA_13:
         use_cuda_13_assembler(arch)
     triton.knobs.compilation.disable_line_info = True  # a third of the size

@@ -12,7 +12,7 @@ import numpy as np
 from onnx import ModelProto, TensorProto, helper, numpy_helper
 
 from ..engine import DISTANCES
-from ..kernels.fold import Array, Conv, Expand, KeyValue, Network, Query, array_names
+from ..kernels.fold import Array, Conv, Expand, KeyValue, Network, Query, named_arrays
 from ..kernels.network import forward
 from ..model import HEADS
 
@@ -80,7 +80,7 @@ class OnnxOps:
     """
 
     def __init__(self, network: Network, half: bool, half_weights: bool, stream: str = TOKENS) -> None:
-        self.names = array_names(network)
+        self.names = {id(array): name for name, array in named_arrays(network).items()}
         self.compute = HALF if half else FLOAT
         self.half_weights = half_weights
         self.stream = stream

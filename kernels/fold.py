@@ -286,20 +286,20 @@ def fold_attention(step: nn.Module, positions: int) -> tuple[Query | KeyValue | 
     return Self(query, query_bias, key, value), value_bias
 
 
-def array_names(value, prefix: str = "") -> dict[int, str]:
-    """id of each array in the nested dataclasses of a folded network -> its path, like "stages.0.2.mix"."""
+def named_arrays(value, prefix: str = "") -> dict[str, Array]:
+    """Path -> array of the nested dataclasses of a folded network, like "stages.0.2.mix"."""
     if isinstance(value, np.ndarray):
-        return {id(value): prefix}
+        return {prefix: value}
     if is_dataclass(value):
         children = [(field.name, getattr(value, field.name)) for field in fields(value)]
     elif isinstance(value, tuple):
         children = [(str(index), child) for index, child in enumerate(value)]
     else:
         return {}
-    names = {}
+    named = {}
     for name, child in children:
-        names |= array_names(child, f"{prefix}.{name}" if prefix else name)
-    return names
+        named |= named_arrays(child, f"{prefix}.{name}" if prefix else name)
+    return named
 
 
 def heads(tokens: Array) -> Array:

@@ -85,6 +85,12 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("run", type=Path, help="folder of the run")
     sub.add_argument("--out", type=Path, required=True, help="bundle to write, such as line3.omniad")
     sub.add_argument("--fp16", action="store_true", help="store weights in fp16 and add the fp16 graph")
+    sub.add_argument(
+        "--targets",
+        type=lambda text: text.split(","),
+        default=[],
+        help="GPUs to add fused kernels for, like sm_87,sm_90 (Jetson Orin: 87, Thor: 110); needs --fp16",
+    )
     sub.add_argument("--data", type=Path, help="the data set, if it is no longer where it was trained from")
 
     sub = command("calibrate", calibrate, "set a bundle's thresholds from good parts")
@@ -110,8 +116,8 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--product", help="whose threshold applies; default: the strictest")
     sub.add_argument("--save", type=Path, help="folder for pictures with heatmap, and results.jsonl")
     sub.add_argument("--json", action="store_true", help="print one JSON object a line")
-    sub.add_argument("--backend", default="auto", help="auto, onnxruntime or openvino")
-    sub.add_argument("--precision", default="auto", help="auto, fp32 or bf16")
+    sub.add_argument("--backend", default="auto", help="auto, fused, onnxruntime or openvino")
+    sub.add_argument("--precision", default="auto", help="auto, fp16, fp32 or bf16")
 
     sub = command("info", info, "print what a bundle holds")
     sub.add_argument("bundle", type=Path)
@@ -191,9 +197,13 @@ def evaluate(options: argparse.Namespace) -> None:
 def export(options: argparse.Namespace) -> None:
     for package in ("torch", "onnx"):
         require(package, "train")
+    if options.targets:
+        require("triton", "kernels")
     from .export.bundle_export import export_bundle
 
-    made = export_bundle(options.run, options.out, options.fp16, options.data, print_parity)
+    made = export_bundle(
+        options.run, options.out, options.fp16, options.data, options.targets, print_parity, print
+    )
     for product, calibration in made.calibrations.items():
         print_calibration(product, calibration)
     print(f"{made.path}: {made.size_bytes / 1e6:.1f} MB, {'fp16' if options.fp16 else 'fp32'}")

@@ -5,11 +5,12 @@ from typing import Protocol
 
 import numpy as np
 
+from . import fused
 from .bundle import Bundle
 from .errors import EngineError, InputError, MissingDependencyError
 
-BACKENDS = ("onnxruntime", "openvino")
-PRECISIONS = ("fp32", "bf16")
+BACKENDS = ("fused", "onnxruntime", "openvino")
+PRECISIONS = ("fp16", "fp32", "bf16")
 DISTANCES = ("distance_0", "distance_1", "distance_2")  # tensors of the graph: 1 - cosine of each scale
 
 
@@ -131,17 +132,26 @@ def open_engine(
 ) -> Engine:
     """The engine for `bundle` on this machine.
 
-    "auto" takes OpenVINO, the faster one, where it is installed and the bundle passed the parity gate on it: in
-    bf16 if the CPU has it and the bundle passed in it too. Otherwise it takes ONNX Runtime in fp32.
+    "auto" takes the fused kernels where the bundle has them for the NVIDIA GPU at hand. Else OpenVINO, the faster
+    one on CPUs, where it is installed and the bundle passed the parity gate on it: in bf16 if the CPU has it and
+    the bundle passed in it too. Otherwise it takes ONNX Runtime in fp32.
     Raises InputError for an unknown name, MissingDependencyError or EngineError where what was asked for is not
     to be had here; never takes something else instead.
     """
     if backend not in ("auto", *BACKENDS):
-        raise InputError(f"backend: expected auto, {' or '.join(BACKENDS)}; got {backend!r}")
+        raise InputError(f"backend: expected auto, {', '.join(BACKENDS)}; got {backend!r}")
     if precision not in ("auto", *PRECISIONS):
-        raise InputError(f"precision: expected auto, {' or '.join(PRECISIONS)}; got {precision!r}")
+        raise InputError(f"precision: expected auto, {', '.join(PRECISIONS)}; got {precision!r}")
     if threads is not None and (type(threads) is not int or threads < 1):
         raise InputError(f"threads: expected a whole number from 1 on, or None; got {threads!r}")
+    if backend == "fused" and precision not in ("auto", "fp16"):
+        raise EngineError(f"the fused kernels compute in fp16; for {precision} use another backend")
+    if backend in ("onnxruntime", "openvino") and precision == "fp16":
+        raise EngineError("CPUs compute in fp32 or bf16; fp16 is the precision of backend='fused', on a GPU")
+    if backend == "fused" or precision == "fp16":
+        return fused.FusedEngine(bundle, "fused kernels in fp16: asked for")
+    if (backend, precision) == ("auto", "auto") and not fused.objection(bundle, fused.device_architecture()):
+        return fused.FusedEngine(bundle, "fused kernels in fp16: the bundle has them for this GPU")
     if backend == "onnxruntime" and precision == "bf16":
         raise EngineError("ONNX Runtime computes in fp32 on CPUs; for bf16 use backend='openvino'")
     model = bundle.onnx("cpu")

@@ -1,0 +1,400 @@
+"""The fused engine on an NVIDIA GPU: is it right, and how fast is it beside torch and ONNX Runtime, in one run.
+
+    python benchmarks/gpu.py e2e latency --json benchmarks/results/gpu.json
+
+e2e      the plan by Triton's compiler and as compiled kernels in a CUDA graph, against the network in float64
+latency  batch 1, 8, 32: engine alone (CUDA events) and pixels in to map and score out (wall clock), interleaved
+Weights are seeded: latency does not depend on their values. Data on stdout, progress on stderr; exit code 0, 1.
+"""
+
+import argparse
+import json
+import random
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter, sleep
+
+import numpy as np
+import torch
+from machine import facts
+from networks import export_plain, normalised, seeded_model
+
+from omniad_edge.cuda_graph import CudaGraphPlan, device_architecture
+from omniad_edge.errors import OmniADError
+from omniad_edge.export.cubins import compile_plan
+from omniad_edge.files import atomic_write
+from omniad_edge.kernels.fold import fold, named_arrays
+from omniad_edge.kernels.jit import JitPlan
+from omniad_edge.kernels.network import TorchOps, forward
+from omniad_edge.kernels.network_plan import build_plan
+from omniad_edge.kernels.pack import pack
+from omniad_edge.kernels.schedule import for_batch
+from omniad_edge.model import ModelConfig, OmniAD, normalise
+
+SCHEMA = 1  # of the JSON
+PARTS = ("e2e", "latency")
+BATCHES = (1, 8, 32)
+MAX_MAP_ERROR = 3e-4
+PACED_HZ = (1, 5, 20)
+PACED_CALLS = 20
+COPY_BYTES = 1 << 30
+MATMUL_SIZE = 8192
+
+
+@dataclass(frozen=True)
+class Case:
+    """launch: starts one pass on device memory; run: pixels (N, H, W, 3) uint8 -> map and score on the host."""
+
+    name: str
+    batch: int
+    launch: Callable[[], None]
+    run: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
+    graph: CudaGraphPlan | None = None
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument(
+        "parts", nargs="*", default=PARTS, metavar="PART", help=f"{', '.join(PARTS)} (default: all)"
+    )
+    parser.add_argument("--json", type=Path, help="write everything, raw samples too, to this file")
+    parser.add_argument("--samples", type=int, default=200, help="timed passes per case (default: 200)")
+    parser.add_argument("--warm-up", type=int, default=20, help="passes before these (default: 20)")
+    parser.add_argument("--skip-compile", action="store_true", help="leave out torch.compile, minutes at batch 32")
+    args = parser.parse_args()
+    for part in args.parts:
+        if part not in PARTS:
+            parser.error(f"expected some of {', '.join(PARTS)}; got {part!r}")
+    try:
+        arch = device_architecture()
+        if arch is None or not torch.cuda.is_available():
+            raise OmniADError("no NVIDIA GPU, or torch cannot use it")
+        report = {"schema": SCHEMA, "header": header(args, arch)}
+        bench = Bench(arch)
+        if "e2e" in args.parts:
+            report["e2e"] = end_to_end(bench)
+        if "latency" in args.parts:
+            report |= latency(bench, args)
+        if args.json:
+            with atomic_write(args.json) as part:
+                part.write_text(json.dumps(report, indent=1, allow_nan=False), encoding="utf-8")
+        return 0 if all(row["passed"] for row in report.get("e2e", [])) else 1
+    except (OmniADError, OSError) as exc:
+        print(f"gpu: {exc}", file=sys.stderr)
+        return 1
+
+
+def header(args: argparse.Namespace, arch: int) -> dict:
+    device = torch.cuda.get_device_properties(0)
+    gpu = {"name": device.name, "arch": f"sm_{arch}", "multiprocessors": device.multi_processor_count}
+    gpu |= {"memory_mib": device.total_memory >> 20, "cuda": torch.version.cuda}
+    return facts() | {"gpu": gpu, "samples": args.samples, "warm_up": args.warm_up}
+
+
+class Bench:
+    """The seeded default network, folded, as a plan, compiled for this GPU."""
+
+    def __init__(self, arch: int) -> None:
+        self.model = seeded_model(ModelConfig())
+        self.network = fold(self.model)
+        self.plan = build_plan(self.network, batch=1)
+        self.weights = pack(self.plan, named_arrays(self.network))
+        start = perf_counter()
+        self.kernels = dict(compile_plan(self.plan, arch))
+        self.compile_s = round(perf_counter() - start, 1)
+        say(f"{len(self.kernels)} kernels compiled for sm_{arch} in {self.compile_s} s")
+
+    def graph(self, batch: int, pdl: bool) -> CudaGraphPlan:
+        plan = for_batch(self.plan, batch)
+        kernels = [self.kernels[plan.kernel_key(launch)] for launch in plan.launches]
+        return CudaGraphPlan(plan, kernels, self.weights, pdl)
+
+    def pixels(self, batch: int) -> np.ndarray:
+        shape = (batch, self.plan.height, self.plan.width, 3)
+        return np.random.default_rng(batch).integers(0, 256, shape, dtype=np.uint8)
+
+
+# ---- correctness
+
+
+def end_to_end(bench: Bench) -> list[dict]:
+    pixels = bench.pixels(8)
+    with torch.inference_mode():
+        truth = forward(TorchOps(torch.float64), bench.network, torch.from_numpy(pixels))[0].numpy()
+    jit = JitPlan(for_batch(bench.plan, 8), bench.weights, "cuda").run
+    runs = {"jit": jit}
+    for pdl in (False, True):
+        graph, alone = bench.graph(8, pdl), bench.graph(1, pdl)
+        runs[f"graph{' pdl' * pdl}"] = lambda p, graph=graph: outputs(graph.run({"pixels": p}))
+        runs[f"graph{' pdl' * pdl}, one by one"] = lambda p, alone=alone: tuple(
+            np.concatenate(part)
+            for part in zip(*(outputs(alone.run({"pixels": image[None]})) for image in p), strict=True)
+        )
+    rows, first = [], None
+    for name, run in runs.items():
+        maps, scores = run(pixels)
+        again, _ = run(pixels)
+        first = maps if first is None else first
+        error = float(np.abs(maps - truth).max())
+        row = {
+            "case": name,
+            "map_error": error,
+            "score_error": float(np.abs(scores - truth.max((1, 2))).max()),
+            "same_bits_twice": bool((maps == again).all()),
+            "same_bits_as_jit": bool((maps == first).all()),
+        }
+        row["passed"] = (
+            error <= MAX_MAP_ERROR and row["same_bits_twice"] and bool((scores == maps.max((1, 2))).all())
+        )
+        rows.append(row)
+        print("e2e  " + "  ".join(f"{key} {value}" for key, value in row.items()))
+    return rows
+
+
+def outputs(made: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    return made["anomaly_map"], made["peaks"].max(1)
+
+
+# ---- speed
+
+
+def latency(bench: Bench, args: argparse.Namespace) -> dict:
+    rows, left_out = [], []
+    for batch in BATCHES:
+        cases = make_cases(bench, batch, args, left_out)
+        samples = {case.name: ([], []) for case in cases}
+        pixels = bench.pixels(batch)
+        for index in range(-args.warm_up, args.samples):
+            random.Random(index).shuffle(order := list(cases))
+            for case in order:
+                device_ms, wall_ms = time_launch(case), time_run(case, pixels)
+                if index >= 0:
+                    samples[case.name][0].append(device_ms)
+                    samples[case.name][1].append(wall_ms)
+        for case in cases:
+            rows.append(latency_row(case, bench, *samples[case.name]))
+            print_row(rows[-1])
+        del cases
+        torch.cuda.empty_cache()
+    floors = measure_floors(bench)
+    print("floors  " + "  ".join(f"{name} {value}" for name, value in floors.items()))
+    return {"latency": rows, "paced": paced(bench), "floors": floors, "left_out": left_out}
+
+
+def make_cases(bench: Bench, batch: int, args: argparse.Namespace, left_out: list[str]) -> list[Case]:
+    """Ours, then torch's, then ONNX Runtime's, as far as they can be had; why not goes to left_out."""
+    cases = []
+    for name, make in (
+        ("ours graph pdl", lambda: ours(bench, batch, pdl=True)),
+        ("ours graph", lambda: ours(bench, batch, pdl=False)),
+        ("ours jit", lambda: ours_jit(bench, batch)),
+        ("torch eager fp16", lambda: torch_case(bench, batch, "eager")),
+        ("torch eager fp16 graph", lambda: torch_case(bench, batch, "graph")),
+        ("torch.compile fp16 max-autotune", lambda: torch_case(bench, batch, "compile")),
+        ("onnxruntime cuda fp32, plain export", lambda: onnxruntime_case(bench, batch)),
+    ):
+        if "torch.compile" in name and args.skip_compile:
+            continue
+        say(f"batch {batch}: {name}")
+        try:
+            launch, run, graph = make()
+        except Exception as exc:  # a competitor that does not run here must not end the measurement
+            if name.startswith("ours"):
+                raise
+            left_out.append(f"{name}, batch {batch}: {type(exc).__name__}: {str(exc)[:300]}")
+            continue
+        cases.append(Case(name, batch, launch, run, graph))
+    return cases
+
+
+def ours(bench: Bench, batch: int, pdl: bool):
+    graph = bench.graph(batch, pdl)
+    return graph.launch, lambda pixels: outputs(graph.run({"pixels": pixels})), graph
+
+
+def ours_jit(bench: Bench, batch: int):
+    jit = JitPlan(for_batch(bench.plan, batch), bench.weights, "cuda")
+    return jit.launch, jit.run, None
+
+
+def torch_case(bench: Bench, batch: int, mode: str):
+    model = HalfPrecision(bench.model).cuda()
+    pixels = torch.from_numpy(bench.pixels(batch)).cuda()
+    call = torch.compile(model, mode="max-autotune", dynamic=False) if mode == "compile" else model
+
+    def step() -> tuple[torch.Tensor, torch.Tensor]:
+        with torch.inference_mode():
+            return call(pixels)
+
+    side = torch.cuda.Stream()  # a capture needs warm-up on a stream of its own
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            made = step()
+    torch.cuda.synchronize()
+    launch = step
+    if mode == "graph":
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            made = step()
+        launch = graph.replay
+
+    def run(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        pixels.copy_(torch.from_numpy(images))
+        given = launch() or made
+        return given[0].cpu().numpy(), given[1].cpu().numpy()
+
+    return launch, run, None
+
+
+class HalfPrecision(torch.nn.Module):
+    """The network as torch runs it in fp16, channels last; the map in fp32."""
+
+    def __init__(self, model: OmniAD) -> None:
+        super().__init__()
+        self.model = OmniAD(model.config).eval()
+        self.model.load_state_dict(model.state_dict())
+        self.model.half().to(memory_format=torch.channels_last)
+        config = model.config
+        from omniad_edge.anomaly_map import resample_matrix
+
+        for scale, stride in enumerate((4, 8, 16)):
+            for axis, size in (("rows", config.height), ("columns", config.width)):
+                matrix = torch.tensor(resample_matrix(size // stride, size), dtype=torch.float32)
+                self.register_buffer(f"{axis}{scale}", matrix)
+
+    def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        image = normalise(pixels, self.model.neck.fuse.conv.weight).contiguous(memory_format=torch.channels_last)
+        total = 0
+        for scale, (t, s) in enumerate(zip(*self.model(image), strict=True)):
+            distance = 1 - torch.nn.functional.cosine_similarity(t.float(), s.float(), dim=1)
+            total = total + getattr(self, f"rows{scale}") @ distance @ getattr(self, f"columns{scale}").T
+        return total / 9, total.amax((1, 2)) / 9
+
+
+def onnxruntime_case(bench: Bench, batch: int):
+    import onnxruntime
+
+    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+        raise OmniADError("this onnxruntime has no CUDA provider")
+    session = onnxruntime.InferenceSession(
+        export_plain(bench.model, "paper"), providers=["CUDAExecutionProvider", "CPUExecutionProvider"]
+    )
+    given = normalised(bench.pixels(batch))
+    return (
+        lambda: session.run(None, {"pixels": given}),
+        lambda pixels: session.run(None, {"pixels": normalised(pixels)}),
+        None,
+    )
+
+
+def time_launch(case: Case) -> float:
+    if case.graph is not None:
+        return case.graph.time_ms(1)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize()
+    start.record()
+    case.launch()
+    end.record()
+    torch.cuda.synchronize()
+    return start.elapsed_time(end)
+
+
+def time_run(case: Case, pixels: np.ndarray) -> float:
+    start = perf_counter()
+    case.run(pixels)
+    return 1e3 * (perf_counter() - start)
+
+
+def latency_row(case: Case, bench: Bench, device_ms: list[float], wall_ms: list[float]) -> dict:
+    row = {"case": case.name, "batch": case.batch}
+    for name, samples in (("engine", device_ms), ("pixels_to_score", wall_ms)):
+        p50, p90, p99 = np.percentile(samples, (50, 90, 99))
+        row[name] = {"p50_ms": float(p50), "p90_ms": float(p90), "p99_ms": float(p99), "samples_ms": samples}
+    row["images_per_s"] = 1e3 * case.batch / row["engine"]["p50_ms"]
+    row["tflop_per_s"] = case.batch * flop(bench) / row["engine"]["p50_ms"] / 1e9
+    return row
+
+
+def flop(bench: Bench) -> float:
+    """Of the plain network for one image, counted by torch: 2 for a multiplication and addition."""
+    if not hasattr(bench, "flop"):
+        from torch.utils.flop_counter import FlopCounterMode
+
+        with FlopCounterMode(display=False) as counter, torch.inference_mode():
+            bench.model(torch.zeros(1, 3, bench.plan.height, bench.plan.width))
+        bench.flop = counter.get_total_flops()
+    return bench.flop
+
+
+def measure_floors(bench: Bench) -> dict:
+    """What this GPU needs at least: each weight read once, each product once, one empty kernel per launch."""
+    source, target = (torch.empty(COPY_BYTES, dtype=torch.uint8, device="cuda") for _ in range(2))
+    copy_ms = best_ms(lambda: target.copy_(source))
+    a, b = (torch.randn(MATMUL_SIZE, MATMUL_SIZE, dtype=torch.float16, device="cuda") for _ in range(2))
+    matmul_ms = best_ms(lambda: a @ b)
+    weights = sum(value.nbytes for value in bench.weights.values())
+    launches = len(bench.plan.launches)
+    tiny, graph = torch.zeros(1, device="cuda"), torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        for _ in range(launches):
+            tiny.add_(1)
+    return {
+        "launches": launches,
+        "weight_bytes": weights,
+        "bytes_per_s": 2 * COPY_BYTES / copy_ms * 1e3,
+        "flop_per_s": 2 * MATMUL_SIZE**3 / matmul_ms * 1e3,
+        "weights_ms": weights / (2 * COPY_BYTES) * copy_ms,
+        "flop_ms": flop(bench) / (2 * MATMUL_SIZE**3) * matmul_ms,
+        "chain_ms": best_ms(graph.replay),
+        "compile_s": bench.compile_s,
+    }
+
+
+def best_ms(call: Callable[[], object], repeats: int = 20) -> float:
+    times = []
+    for _ in range(repeats):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end))
+    return min(times[2:])
+
+
+def paced(bench: Bench) -> list[dict]:
+    """Single images that arrive slowly: an idle GPU lowers its clocks."""
+    graph, pixels = bench.graph(1, True), bench.pixels(1)
+    rows = []
+    for rate in PACED_HZ:
+        samples = []
+        for _ in range(PACED_CALLS):
+            sleep(1 / rate)
+            start = perf_counter()
+            graph.run({"pixels": pixels})
+            samples.append(1e3 * (perf_counter() - start))
+        p50, p99 = np.percentile(samples, (50, 99))
+        rows.append({"per_s": rate, "p50_ms": float(p50), "p99_ms": float(p99), "samples_ms": samples})
+        print(f"paced  {rate} per s: p50 {p50:.3f} ms, p99 {p99:.3f} ms")
+    return rows
+
+
+def print_row(row: dict) -> None:
+    times = "  ".join(
+        f"{name} p50 {row[name]['p50_ms']:.3f} p99 {row[name]['p99_ms']:.3f} ms"
+        for name in ("engine", "pixels_to_score")
+    )
+    print(f"batch {row['batch']:<3} {row['case']:<36} {times}  {row['images_per_s']:.0f} images/s")
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

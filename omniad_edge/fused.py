@@ -1,0 +1,104 @@
+"""The fused engine: a bundle's own kernels on an NVIDIA GPU, as one CUDA graph. No torch, no Triton."""
+
+import io
+import json
+import threading
+
+import numpy as np
+
+from .bundle import WEIGHTS, Bundle
+from .cuda_graph import CudaGraphPlan, device_architecture
+from .errors import BundleError, EngineError
+from .kernels.pack import pack
+from .kernels.plan import Kernel, Plan
+from .kernels.schedule import for_batch
+from .onnx_weights import read_weights
+
+PLAN, SELF_TEST = "fused/plan.json", "fused/self_test.npz"
+PDL_FROM = 90  # the first architecture with programmatic dependent launch
+BATCHES = (8, 1)  # a graph for each; other numbers of images are made of these
+# fp16 rounding of the whole network; further away something is wrong with this GPU, its driver or the kernels.
+MAX_MAP_ERROR = 3e-4
+
+
+class FusedEngine:
+    """Kernels of this network on the GPU, in fp16 with fp32 statistics and sums.
+
+    Before the first frame it computes the bundle's self-test images and compares with the trained network's maps.
+    Raises EngineError where there is no GPU that the bundle has kernels for, or if the self-test fails.
+    """
+
+    backend = "fused"
+    precision = "fp16"
+
+    def __init__(self, bundle: Bundle, reason: str = "asked for") -> None:
+        self.reason = reason
+        arch = device_architecture()
+        if against := objection(bundle, arch):
+            raise EngineError(f"backend fused: {against}")
+        try:
+            self.plan = Plan.from_dict(json.loads(bundle.parts[PLAN]))
+            self.weights = pack(self.plan, read_weights(bundle.parts[WEIGHTS]))
+            self.kernels = read_kernels(bundle, arch)
+        except (KeyError, TypeError, ValueError, AttributeError) as exc:
+            raise BundleError(f"{PLAN} or a kernel is not as omniad-export writes it: {exc!r}") from exc
+        self.pdl = arch >= PDL_FROM
+        self.lock = threading.Lock()
+        self.graphs: dict[int, CudaGraphPlan] = {}
+        self.self_test(bundle)
+
+    def run(self, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        outputs, start = [], 0
+        while start < len(pixels):
+            batch = next(size for size in BATCHES if size <= len(pixels) - start)
+            made = self.graph(batch).run({"pixels": pixels[start : start + batch]})
+            outputs.append((made["anomaly_map"], made["peaks"].max(1)))
+            start += batch
+        anomaly_map, pred_score = (np.concatenate(of_all) for of_all in zip(*outputs, strict=True))
+        return anomaly_map, pred_score
+
+    def graph(self, batch: int) -> CudaGraphPlan:
+        with self.lock:
+            if batch not in self.graphs:
+                plan = for_batch(self.plan, batch)
+                kernels = [self.kernels[plan.kernel_key(launch)] for launch in plan.launches]
+                self.graphs[batch] = CudaGraphPlan(plan, kernels, self.weights, self.pdl)
+            return self.graphs[batch]
+
+    def self_test(self, bundle: Bundle) -> None:
+        with np.load(io.BytesIO(bundle.parts[SELF_TEST]), allow_pickle=False) as test:
+            images = list(zip(test["pixels"], test["anomaly_map"], strict=True))
+        for pixels, truth in images:
+            anomaly_map, _ = self.run(pixels[None])
+            error = float(np.abs(anomaly_map[0] - truth).max())
+            if not error <= MAX_MAP_ERROR:
+                raise EngineError(
+                    f"backend fused: its anomaly map of a self-test image is {error:.2g} off, {MAX_MAP_ERROR} is "
+                    "allowed; update the driver, export again, or use backend='onnxruntime'"
+                )
+
+
+def objection(bundle: Bundle, arch: int | None) -> str:
+    """Why this bundle cannot run on a GPU of this architecture (None: there is none); empty if it can."""
+    if arch is None:
+        return "no NVIDIA GPU, driver or cuda-bindings was found (omniad-edge[cuda])"
+    if PLAN not in bundle.parts:
+        return f"the bundle has no GPU kernels; export it with --targets sm_{arch}"
+    if f"fused/sm_{arch}.bin" not in bundle.parts:
+        has = sorted(name[6:-4] for name in bundle.parts if name.endswith(".bin"))
+        return f"the bundle has kernels for {', '.join(has)}; export it with --targets sm_{arch} too"
+    return ""
+
+
+def read_kernels(bundle: Bundle, arch: int) -> dict[str, Kernel]:
+    code = bundle.parts[f"fused/sm_{arch}.bin"]
+    index = json.loads(bundle.parts[f"fused/sm_{arch}.json"])
+    return {
+        key: Kernel(
+            entry["name"],
+            code[entry["offset"] : entry["offset"] + entry["bytes"]],
+            entry["shared_bytes"],
+            entry["num_warps"],
+        )
+        for key, entry in index["kernels"].items()
+    }

@@ -1,0 +1,371 @@
+"""A stand-in for cuda.bindings.driver: the same calls, host memory behind the device pointers, failures on demand.
+
+Streams are as lazy as the real ones may be: what is queued happens when somebody synchronises. "Machine code" is
+made by `cubin`; a kernel reads its parameters through kernelParams as the driver does.
+"""
+
+import ctypes
+import functools
+import itertools
+import json
+import threading
+from enum import IntEnum
+from types import SimpleNamespace
+
+from omniad_edge.cuda_driver import MEANING, STICKY
+
+WITH_VALUE = (
+    *("cuCtxGetCurrent", "cuCtxGetDevice", "cuCtxPopCurrent", "cuDeviceGet", "cuDeviceGetAttribute"),
+    *("cuDevicePrimaryCtxRetain", "cuEventCreate", "cuEventElapsedTime", "cuGraphInstantiate", "cuMemAlloc"),
+    *("cuMemHostAlloc", "cuModuleGetFunction", "cuModuleLoadData", "cuStreamCreate", "cuStreamEndCapture"),
+)
+
+
+def cubin(parameters: str, action: str, size: int = 0) -> bytes:
+    """parameters: p for a pointer, i for int32; action: "copy" of `size` bytes, first pointer to second."""
+    return json.dumps({"entry": "step", "parameters": parameters, "action": action, "size": size}).encode()
+
+
+class Handle:
+    def __init__(self, value: int = 0) -> None:
+        self.value = int(value)
+
+    def __int__(self) -> int:
+        return self.value
+
+
+def driver_call(context: bool = True, capturable: bool = False):
+    """Records the call, fails if it shall, and asks for a current context as the real driver does."""
+
+    def wrap(function):
+        @functools.wraps(function)
+        def call(self, *arguments):
+            name = function.__name__
+            if self.missing_library:
+                raise RuntimeError("Failed to dlopen libcuda.so.1")
+            with self.lock:
+                self.calls.append((name, arguments))
+                if self.hook:
+                    self.hook(name)
+                failure = self.dead or self.failures.get(name)
+                if failure in STICKY:
+                    self.dead = failure
+                if failure and name == "cuStreamEndCapture":
+                    self.capturing.clear()
+                if failure and name not in ("cuCtxPopCurrent", "cuDevicePrimaryCtxRelease"):
+                    return self.refuse(name, failure)
+                if context and not self.stack():
+                    return self.refuse(name, "CUDA_ERROR_INVALID_CONTEXT")
+                if self.capturing.get(threading.get_ident()) and not capturable:
+                    return self.refuse(name, "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED")
+                value = function(self, *arguments)
+                assert (value is not None) == (name in WITH_VALUE)
+                return (self.CUresult.CUDA_SUCCESS, value) if name in WITH_VALUE else (self.CUresult.CUDA_SUCCESS,)
+
+        return call
+
+    return wrap
+
+
+class FakeCuda:
+    """calls: (name, arguments) in order; failures: function -> name of the error; alive: handle -> what it is."""
+
+    CUcontext = CUdevice = CUstream = CUdeviceptr = Handle
+    CUresult = IntEnum(
+        "CUresult",
+        [
+            "CUDA_SUCCESS",
+            "CUDA_ERROR_INVALID_CONTEXT",
+            "CUDA_ERROR_INVALID_VALUE",
+            "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED",
+            *STICKY,
+            *MEANING,
+        ],
+        start=0,
+    )
+    CUdevice_attribute = IntEnum(
+        "CUdevice_attribute",
+        [
+            "CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR",
+            "CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR",
+            "CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN",
+        ],
+    )
+    CUfunction_attribute = IntEnum("CUfunction_attribute", ["CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES"])
+    CUstream_flags = IntEnum("CUstream_flags", ["CU_STREAM_NON_BLOCKING"])
+    CUevent_flags = IntEnum("CUevent_flags", ["CU_EVENT_DEFAULT"], start=0)
+    CUstreamCaptureMode = IntEnum("CUstreamCaptureMode", ["CU_STREAM_CAPTURE_MODE_THREAD_LOCAL"])
+    CUlaunchAttributeID = IntEnum("CUlaunchAttributeID", ["CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION"])
+
+    CUlaunchAttribute = CUlaunchAttributeValue = SimpleNamespace
+
+    @staticmethod
+    def CUlaunchConfig():
+        return SimpleNamespace(attrs=[], numAttrs=0)
+
+    def __init__(self, arch: int = 90, shared_bytes: int = 227 * 1024) -> None:
+        self.attributes = (None, arch // 10, arch % 10, shared_bytes)
+        self.calls, self.failures, self.alive = [], {}, {}
+        self.missing_library, self.dead, self.hook = False, "", None
+        self.memory, self.queues, self.events = {}, {}, {}
+        self.capturing, self.local = {}, threading.local()
+        self.modules, self.functions, self.graphs = {}, {}, {}
+        self.launches, self.replays = [], 0  # every launch done, eager or of a graph
+        self.primary_references, self.numbers, self.lock = 0, itertools.count(0x1000), threading.RLock()
+
+    def refuse(self, name: str, error: str) -> tuple:
+        """The real ones return as many values as when all is well."""
+        return (self.CUresult[error], None) if name in WITH_VALUE else (self.CUresult[error],)
+
+    def names(self) -> list[str]:
+        return [name for name, _ in self.calls]
+
+    def stack(self) -> list[int]:
+        """This thread's contexts."""
+        if not hasattr(self.local, "stack"):
+            self.local.stack = []
+        return self.local.stack
+
+    def make(self, kind: str) -> Handle:
+        handle = Handle(next(self.numbers))
+        self.alive[int(handle)] = kind
+        return handle
+
+    def drop(self, handle, kind: str) -> None:
+        assert self.alive.pop(int(handle)) == kind  # KeyError: freed twice
+
+    # Device and context
+
+    @driver_call(context=False)
+    def cuInit(self, flags):
+        assert flags == 0
+
+    @driver_call(context=False)
+    def cuDeviceGet(self, ordinal):
+        return Handle(ordinal)
+
+    @driver_call(context=False)
+    def cuDeviceGetAttribute(self, attribute, device):
+        return self.attributes[attribute]
+
+    @driver_call(context=False)
+    def cuCtxGetCurrent(self):
+        return Handle(self.stack()[-1] if self.stack() else 0)
+
+    @driver_call()
+    def cuCtxGetDevice(self):
+        return Handle(0)
+
+    @driver_call(context=False)
+    def cuDevicePrimaryCtxRetain(self, device):
+        self.primary_references += 1
+        return Handle(77)
+
+    @driver_call(context=False)
+    def cuDevicePrimaryCtxRelease(self, device):
+        self.primary_references -= 1
+
+    @driver_call(context=False)
+    def cuCtxPushCurrent(self, context):
+        self.stack().append(int(context))
+
+    @driver_call(context=False)
+    def cuCtxPopCurrent(self):
+        return Handle(self.stack().pop())
+
+    @driver_call()
+    def cuCtxSynchronize(self):
+        for stream in self.queues:
+            self.drain(stream)
+
+    # Memory
+
+    def allocate(self, size: int, kind: str) -> Handle:
+        memory = (ctypes.c_uint8 * (size + 256))()
+        ctypes.memset(memory, 0xFF, len(memory))  # NaN: nobody may count on zeros
+        address = -(-ctypes.addressof(memory) // 256) * 256
+        self.memory[address] = (size, memory)
+        self.alive[address] = kind
+        return address
+
+    @driver_call()
+    def cuMemAlloc(self, size):
+        return Handle(self.allocate(size, "device memory"))
+
+    @driver_call()
+    def cuMemFree(self, pointer):
+        self.drop(pointer, "device memory")
+        del self.memory[int(pointer)]
+
+    @driver_call()
+    def cuMemHostAlloc(self, size, flags):
+        return self.allocate(size, "pinned memory")
+
+    @driver_call()
+    def cuMemFreeHost(self, address):
+        self.drop(address, "pinned memory")
+        self.memory[address] = (0, self.memory[address][1])  # NumPy views of it may live on
+
+    def inside(self, address: int, size: int) -> bool:
+        return any(start <= address and address + size <= start + n for start, (n, _) in self.memory.items())
+
+    def copy(self, target: int, source: int, size: int, stream, *on_device: int) -> None:
+        def work():
+            assert all(self.inside(int(address), size) for address in on_device)
+            ctypes.memmove(int(target), int(source), size)
+
+        self.queues[int(stream)].append(work)
+
+    @driver_call()
+    def cuMemsetD8Async(self, pointer, value, size, stream):
+        assert self.inside(int(pointer), size)
+        self.queues[int(stream)].append(lambda: ctypes.memset(int(pointer), value, size))
+
+    @driver_call()
+    def cuMemcpyHtoDAsync(self, target, source, size, stream):
+        self.copy(target, source, size, stream, target)
+
+    @driver_call()
+    def cuMemcpyDtoHAsync(self, target, source, size, stream):
+        self.copy(target, source, size, stream, source)
+
+    @driver_call()
+    def cuMemcpyDtoDAsync(self, target, source, size, stream):
+        self.copy(target, source, size, stream, target, source)
+
+    # Streams and events
+
+    def drain(self, stream: int, until: int = -1) -> None:
+        """Does what is queued, up to the event `until` if it is there."""
+        queue = self.queues[stream]
+        while queue and self.events.get(until) != "done":
+            queue.pop(0)()
+
+    @driver_call()
+    def cuStreamCreate(self, flags):
+        assert flags == self.CUstream_flags.CU_STREAM_NON_BLOCKING
+        stream = self.make("stream")
+        self.queues[int(stream)] = []
+        return stream
+
+    @driver_call()
+    def cuStreamDestroy(self, stream):
+        self.drop(stream, "stream")
+
+    @driver_call()
+    def cuStreamSynchronize(self, stream):
+        self.drain(int(stream))
+
+    @driver_call()
+    def cuEventCreate(self, flags):
+        return self.make("event")
+
+    @driver_call()
+    def cuEventDestroy(self, event):
+        self.drop(event, "event")
+
+    @driver_call()
+    def cuEventRecord(self, event, stream):
+        self.events[int(event)] = int(stream)
+        self.queues[int(stream)].append(lambda: self.events.update({int(event): "done"}))
+
+    @driver_call()
+    def cuStreamWaitEvent(self, stream, event, flags):
+        other = self.events[int(event)]
+        self.queues[int(stream)].append(lambda: self.drain(other, int(event)))
+
+    @driver_call()
+    def cuEventSynchronize(self, event):
+        self.drain(self.events[int(event)], int(event))
+
+    @driver_call()
+    def cuEventElapsedTime(self, start, end):
+        assert self.events[int(start)] == self.events[int(end)] == "done"
+        return 12.0
+
+    # Kernels and graphs
+
+    @driver_call()
+    def cuModuleLoadData(self, image):
+        module = self.make("module")
+        self.modules[int(module)] = json.loads(image)
+        return module
+
+    @driver_call()
+    def cuModuleUnload(self, module):
+        self.drop(module, "module")
+
+    @driver_call()
+    def cuModuleGetFunction(self, module, name):
+        code = self.modules[int(module)]
+        assert code["entry"].encode() == name
+        function = Handle(next(self.numbers))
+        self.functions[int(function)] = SimpleNamespace(code=code, shared=48 * 1024)
+        return function
+
+    @driver_call()
+    def cuFuncSetAttribute(self, function, attribute, value):
+        self.functions[int(function)].shared = value
+
+    @driver_call(capturable=True)
+    def cuLaunchKernelEx(self, config, function, parameters, extra):
+        code, values = self.functions[int(function)], []
+        assert config.sharedMemBytes <= code.shared and not extra
+        places = ctypes.cast(parameters, ctypes.POINTER(ctypes.c_void_p))
+        for index, kind in enumerate(code.code["parameters"]):
+            read = {"p": ctypes.c_uint64, "i": ctypes.c_int32}[kind]
+            values.append(read.from_address(places[index]).value)
+        launch = SimpleNamespace(
+            grid=(config.gridDimX, config.gridDimY, config.gridDimZ),
+            block=(config.blockDimX, config.blockDimY, config.blockDimZ),
+            shared=config.sharedMemBytes,
+            attributes=[(a.id.name, vars(a.value)) for a in config.attrs[: config.numAttrs]],
+            values=values,
+            code=code.code,
+        )
+        recorded = self.capturing.get(threading.get_ident())
+        queue = recorded[1] if recorded else self.queues[int(config.hStream)]
+        queue.append(functools.partial(self.execute, launch))
+
+    def execute(self, launch) -> None:
+        self.launches.append(launch)
+        if launch.code["action"] == "copy":
+            source, target = launch.values[:2]
+            assert self.inside(source, launch.code["size"]) and self.inside(target, launch.code["size"])
+            ctypes.memmove(target, source, launch.code["size"])
+
+    @driver_call()
+    def cuStreamBeginCapture(self, stream, mode):
+        assert mode == self.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
+        self.capturing[threading.get_ident()] = (int(stream), [])
+
+    @driver_call(capturable=True)
+    def cuStreamEndCapture(self, stream):
+        begun, nodes = self.capturing.pop(threading.get_ident())
+        assert begun == int(stream)
+        graph = self.make("graph")
+        self.graphs[int(graph)] = nodes
+        return graph
+
+    @driver_call()
+    def cuGraphInstantiate(self, graph, flags):
+        executable = self.make("executable graph")
+        self.graphs[int(executable)] = self.graphs[int(graph)]
+        return executable
+
+    @driver_call()
+    def cuGraphDestroy(self, graph):
+        self.drop(graph, "graph")
+
+    @driver_call()
+    def cuGraphExecDestroy(self, graph):
+        self.drop(graph, "executable graph")
+
+    @driver_call()
+    def cuGraphUpload(self, graph, stream):
+        assert self.alive[int(graph)] == "executable graph"
+
+    @driver_call()
+    def cuGraphLaunch(self, graph, stream):
+        self.replays += 1
+        self.queues[int(stream)].extend(self.graphs[int(graph)])
