@@ -119,7 +119,7 @@ def merge_tokens(
     for head in range(HEADS_):
         largest = tl.full((BT,), float("-inf"), tl.float32)
         for split in range(SPLITS):
-            at = ((image * SPLITS + split) * HEADS_ + head) * T + t
+            at = t + ((image * SPLITS + split) * HEADS_ + head) * T
             largest = tl.maximum(largest, tl.load(part_max_ptr + at, mask=t < T, other=0.0))
         total = tl.zeros((BT,), tl.float32)
         o = tl.zeros((BT, DP), tl.float32)
@@ -132,7 +132,7 @@ def merge_tokens(
             at = (part * T + t)[:, None] * D + d[None, :]
             o += scale[:, None] * tl.load(part_o_ptr + at, mask=valid, other=0.0)
             sum_v += tl.load(part_v_ptr + part * D + d, mask=d < D, other=0.0)
-        weight = tl.load(weight_ptr + n[None, :] * C + (head * D + d)[:, None], mask=(d < D)[:, None], other=0.0)
+        weight = tl.load(weight_ptr + n[None, :] * C + (d + head * D)[:, None], mask=(d < D)[:, None], other=0.0)
         acc = tl.dot((o / total[:, None]).to(weight.dtype), weight, acc, input_precision="ieee")
         of_sum = tl.sum(weight.to(tl.float32) * sum_v[:, None], 0)
         pe = tl.load(pe_ptr + head * T + t, mask=t < T, other=0.0)

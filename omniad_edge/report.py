@@ -38,33 +38,41 @@ STYLE = """
   --muted: #a9b1ba; --line: #434b53; --good: #6cb6ff; --bad: #ffa24d; } }
 * { box-sizing: border-box; }
 body { margin: 0 auto; max-width: 75rem; padding: 1rem; background: var(--back); color: var(--text);
-  font: 1rem/1.5 system-ui, sans-serif; font-variant-numeric: tabular-nums; }
+  font: 1rem/1.5 system-ui, sans-serif; font-variant-numeric: tabular-nums; print-color-adjust: exact; }
 h1 { font-size: 1.7rem; line-height: 1.2; } h2 { font-size: 1.3rem; margin: 2.5rem 0 .5rem; }
 h3 { font-size: 1rem; margin: 1.5rem 0 .5rem; } a { color: var(--good); }
 .scroll { overflow-x: auto; } .muted, .path { color: var(--muted); }
 table { border-collapse: collapse; }
 th, td { padding: .3rem .8rem .3rem 0; border-bottom: 1px solid var(--line); text-align: right;
-  vertical-align: bottom; }
+  vertical-align: top; }
 th:first-child, .facts td { text-align: left; } .facts td { overflow-wrap: anywhere; }
-thead th { color: var(--muted); font-weight: 600; } tbody th { font-weight: 400; }
+th:last-child, td:last-child { padding-right: 0; } tbody th { font-weight: 400; }
+thead th { color: var(--muted); font-weight: 600; vertical-align: bottom; }
 tfoot th, tfoot td { font-weight: 700; }
 .charts { display: flex; flex-wrap: wrap; gap: .8rem; } .charts figure { max-width: 100%; }
-.cases { display: grid; gap: .8rem; grid-template-columns: repeat(auto-fill, minmax(min(21rem, 100%), 1fr)); }
+.cases { display: grid; gap: .8rem; grid-template-columns: repeat(auto-fill, minmax(min(26rem, 100%), 1fr)); }
 figure { margin: 0; padding: .6rem; background: var(--card); border-radius: .4rem; break-inside: avoid; }
+figcaption { font-size: .85rem; margin-top: .4rem; }
 svg { display: block; max-width: 100%; height: auto; }
 svg text { fill: var(--muted); font-size: 12px; }
 svg .good { fill: var(--good); } svg .bad { fill: var(--bad); }
-svg .axis { stroke: var(--line); fill: none; }
+svg .axis { stroke: var(--muted); stroke-width: .75; fill: none; }
 svg .curve { stroke: var(--good); stroke-width: 2; fill: none; }
 svg .cut { stroke: var(--text); stroke-width: 1.5; stroke-dasharray: 5 3; } svg .now { fill: var(--text); }
 .pair { display: grid; grid-template-columns: 1fr 1fr; gap: .3rem; }
 .pair img { display: block; width: 100%; height: auto; border-radius: .2rem; }
-.case { border: 2px solid transparent; } .case figcaption { font-size: .85rem; margin-top: .4rem; }
+.case { border: 2px solid transparent; }
 .case .path { display: block; overflow-wrap: anywhere; }
+.scale { display: inline-block; width: 9rem; text-align: center; color: #000; border: 1px solid var(--line);
+  background: linear-gradient(90deg, transparent, #28bceb, #a4fc3c, #fb8122, #7a0403); }
 .mark { font-weight: 700; padding: 0 .4rem; border: 1px solid var(--line); border-radius: .2rem; }
 .miss { border: 2px solid var(--bad); } .false-reject { border: 2px dashed var(--good); }
 .miss .mark { background: var(--bad); border-color: var(--bad); color: var(--back); }
 .false-reject .mark { background: var(--good); border-color: var(--good); color: var(--back); }
+"""
+# The scale's colours are those of `Result.draw`: no tint at 0, then OpenCV's turbo map, 0.5 is the threshold.
+PICTURES = """<p class="muted">Left: camera image. Right: anomaly heatmap, from the usual level on good parts
+<span class="scale">threshold</span> to twice as far; white outline: mask, what is above the threshold.</p>
 """
 # The policy makes the browser itself refuse anything that is not in the file.
 HEAD = """<!doctype html>
@@ -79,7 +87,7 @@ HEAD = """<!doctype html>
 class Case:
     """One inspected image to show.
 
-    image, overlay: (H, W, 3) uint8 BGR; the overlay has the heatmap and the mask's outline drawn in already.
+    image, overlay: (H, W, 3) uint8 BGR; the overlay is `Result.draw`'s, with heatmap and mask outline.
     kind: "good" or the defect's name. The verdict is defective if pred_score > threshold.
     Raises InputError if a picture is anything else or a number is not finite.
     """
@@ -144,6 +152,11 @@ class ProductScores:
     def defective(self) -> np.ndarray:
         return np.asarray(self.scores, np.float64)[np.asarray(self.labels)]
 
+    @property
+    def mistakes(self) -> tuple[int, int]:
+        """The number of defective images missed and of good ones rejected."""
+        return int((self.defective <= self.threshold).sum()), int((self.good > self.threshold).sum())
+
 
 def choose_cases(kinds: Sequence[str], scores: Sequence[float], threshold: float, per_group: int = 6) -> list[int]:
     """Indices of one product's images worth a picture, so that only their overlays need be drawn.
@@ -196,12 +209,13 @@ def write_report(
         if scores:
             file.write(f"<h2>Verdicts at the threshold</h2>\n{_verdicts(scores, names)}")
         if latency:
-            file.write(f"<h2>Latency</h2>\n{_pairs(latency)}")
+            file.write(f"<h2>In operation</h2>\n{_pairs(latency)}")
         for index, name in enumerate(names):
             file.write(f'<section id="product-{index}">\n<h2>{escape(name)}</h2>\n')
-            for one in (one for one in scores if one.product == name):
+            own = [one for one in scores if one.product == name]
+            for one in own:
                 file.write(f'<div class="charts">\n{_roc(one)}{_histogram(one)}</div>\n')
-            file.writelines(_groups([case for case in cases if case.product == name]))
+            file.writelines(_groups([case for case in cases if case.product == name], own))
             file.write("</section>\n")
         file.write("</body></html>\n")
 
@@ -282,7 +296,8 @@ def _pairs(pairs: Mapping[str, str]) -> str:
 def _metrics(metrics: Sequence[ProductMetrics]) -> str:
     rows = [_row(map(escape, _cells(one))) for one in metrics]
     mean = _row(_cells(mean_metrics(metrics))) if len(metrics) > 1 else ""
-    return _table(HEADINGS, rows, mean) + '<p class="muted">In percent, higher is better.</p>\n'
+    note = "Good and defective: number of test images. Metrics: percent, higher is better; mAD: mean of the seven."
+    return f'{_table(HEADINGS, rows, mean)}<p class="muted">{note}</p>\n'
 
 
 def _share(part: int, whole: int) -> str:
@@ -292,9 +307,9 @@ def _share(part: int, whole: int) -> str:
 def _verdicts(scores: Sequence[ProductScores], names: Sequence[str]) -> str:
     def row(one: ProductScores) -> str:
         link = f'<a href="#product-{names.index(one.product)}">{escape(one.product)}</a>'
-        missed, rejected = int((one.defective <= one.threshold).sum()), int((one.good > one.threshold).sum())
+        missed, rejected = one.mistakes
         counts = _share(missed, len(one.defective)), _share(rejected, len(one.good))
-        return _row((link, f"{one.threshold:.4g}", *counts))
+        return _row((link, f"{one.threshold:#.4g}", *counts))
 
     return _table(("Product", "Threshold", "Defects missed", "Good rejected"), map(row, scores))
 
@@ -333,35 +348,36 @@ def _histogram(one: ProductScores) -> str:
     every = np.concatenate([one.good, one.defective, [one.threshold]])
     step = (every.max() - every.min()) / BINS or 1.0
     bins = np.append(np.ceil((every - one.threshold) / step).astype(int) - 1, 0)
-    first, count = (
-        int(bins.min()),
-        int(np.ptp(bins)) + 1,
-    )  # the threshold itself and the 0 put bars -1 and 0 in
+    first, count = int(bins.min()), int(np.ptp(bins)) + 1  # the threshold and the 0 put bars -1 and 0 in
     bars = np.split(bins[: len(every) - 1] - first, [len(one.good)])
     shares = [np.bincount(bar, minlength=count) / max(len(bar), 1) for bar in bars]
-    scale, width = 98 / max(1e-9, *(share.max() for share in shares)), 390 / count
+    top, width = max(float(share.max()) for share in shares) or 1.0, 357 / count
     marks = []
     for name, share in zip(("good", "bad"), shares, strict=True):
         for index in np.flatnonzero(share):
-            height = scale * share[index]
-            place = f'x="{15 + index * width:.1f}" y="{117 - height if name == "good" else 117:.1f}"'
+            height = 98 * share[index] / top
+            place = f'x="{48 + index * width:.1f}" y="{117 - height if name == "good" else 117:.1f}"'
             marks.append(f'<rect class="{name}" {place} width="{width - 1:.1f}" height="{height:.1f}"/>')
-    cut, low, high = 15 - first * width, one.threshold + first * step, one.threshold + (first + count) * step
-    side, anchor = (5, "start") if cut < 210 else (-5, "end")
+    cut, low, high = 48 - first * width, one.threshold + first * step, one.threshold + (first + count) * step
+    side, anchor = (5, "start") if cut < 226 else (-5, "end")
+    ticks = ((19, 100 * top), (117, 0), (215, 100 * top))
     marks += [
-        '<line class="axis" x1="15" y1="117" x2="405" y2="117"/>',
-        f'<line class="cut" x1="{cut:.1f}" y1="4" x2="{cut:.1f}" y2="224"/>',
-        f'<text class="now" x="{cut + side:.1f}" y="14" text-anchor="{anchor}">'
-        f"threshold {one.threshold:.4g}</text>",
-        f'<text x="15" y="238">{low:.4g}</text><text x="405" y="238" text-anchor="end">{high:.4g}</text>',
-        '<text x="210" y="256" text-anchor="middle">score</text>',
+        '<rect class="axis" x="48" y="12" width="357" height="210"/>',
+        '<line class="axis" x1="48" y1="117" x2="405" y2="117"/>',
+        f'<line class="cut" x1="{cut:.1f}" y1="1" x2="{cut:.1f}" y2="222"/>',
+        f'<text class="now" x="{cut + side:.1f}" y="9" text-anchor="{anchor}">threshold {one.threshold:#.4g}</text>',
+        *(f'<text x="42" y="{y + 4}" text-anchor="end">{percent:.3g}</text>' for y, percent in ticks),
+        f'<text x="48" y="238">{low:#.4g}</text><text x="405" y="238" text-anchor="end">{high:#.4g}</text>',
+        '<text x="226" y="256" text-anchor="middle">anomaly score, no unit</text>',
+        '<text transform="translate(12 117) rotate(-90)" text-anchor="middle">share of its class, %</text>',
     ]
-    caption = f"Share of images: good ({len(one.good)}) upwards, defective ({len(one.defective)}) downwards"
+    good, defective = len(one.good), len(one.defective)
+    caption = f"Scores: {good} good images upwards in blue, {defective} defective downwards in orange"
     return _figure(f"Scores of {one.product}", (420, 262), marks, caption)
 
 
-def _groups(cases: Sequence[Case]) -> Iterator[str]:
-    """Headings and pictures of one product's cases, the costliest mistakes first."""
+def _groups(cases: Sequence[Case], scores: Sequence[ProductScores]) -> Iterator[str]:
+    """Headings and pictures of one product's cases, the costliest mistakes first, each "shown of all"."""
     ordered = sorted(cases, key=lambda case: case.pred_score - case.threshold)
     by_kind = sorted(ordered, key=lambda case: (case.is_good, case.kind))
     groups = {
@@ -369,9 +385,13 @@ def _groups(cases: Sequence[Case]) -> Iterator[str]:
         "Highest false rejects": [case for case in reversed(ordered) if case.mark == "FALSE REJECT"],
         "Judged rightly": [case for case in by_kind if case.mark == "correct"],
     }
-    for heading, group in groups.items():
+    counts = [(*one.mistakes, len(one.scores) - sum(one.mistakes)) for one in scores]
+    totals = np.sum(counts, axis=0) if counts else [len(group) for group in groups.values()]
+    if cases:
+        yield PICTURES
+    for (heading, group), total in zip(groups.items(), totals, strict=True):
         if group:
-            yield f'<h3>{heading}</h3>\n<div class="cases">\n'
+            yield f'<h3>{heading} ({len(group)} of {total})</h3>\n<div class="cases">\n'
             yield from map(_case, group)
             yield "</div>\n"
 
@@ -383,7 +403,7 @@ def _case(case: Case) -> str:
         f'<figure class="case {case.mark.lower().replace(" ", "-")}"><div class="pair">'
         f"{_picture(case.image, 'camera image')}{_picture(case.overlay, 'anomaly heatmap')}</div>"
         f'<figcaption><span class="mark">{case.mark}</span> {escape(case.kind)}, verdict {verdict}<br>'
-        f"score {case.pred_score:.4g}{ratio} {case.threshold:.4g}"
+        f"score {case.pred_score:#.4g}{ratio} {case.threshold:#.4g}"
         f'<span class="path">{escape(case.path)}</span></figcaption></figure>\n'
     )
 
