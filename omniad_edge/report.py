@@ -41,27 +41,23 @@ body { margin: 0 auto; max-width: 75rem; padding: 1rem; background: var(--back);
   font: 1rem/1.5 system-ui, sans-serif; font-variant-numeric: tabular-nums; print-color-adjust: exact; }
 h1 { font-size: 1.7rem; line-height: 1.2; } h2 { font-size: 1.3rem; margin: 2.5rem 0 .5rem; }
 h3 { font-size: 1rem; margin: 1.5rem 0 .5rem; } a { color: var(--good); }
-.scroll { overflow-x: auto; } .muted, .path { color: var(--muted); }
-table { border-collapse: collapse; }
-th, td { padding: .3rem .8rem .3rem 0; border-bottom: 1px solid var(--line); text-align: right;
-  vertical-align: top; }
+.scroll { overflow-x: auto; } .muted, .path { color: var(--muted); } table { border-collapse: collapse; }
+th, td { padding: .3rem .8rem .3rem 0; border-bottom: 1px solid var(--line); text-align: right; }
 th:first-child, .facts td { text-align: left; } .facts td { overflow-wrap: anywhere; }
-th:last-child, td:last-child { padding-right: 0; } tbody th { font-weight: 400; }
+th:last-child, td:last-child { padding-right: 0; } tbody th { font-weight: 400; } tr { vertical-align: top; }
 thead th { color: var(--muted); font-weight: 600; vertical-align: bottom; }
 tfoot th, tfoot td { font-weight: 700; }
 .charts { display: flex; flex-wrap: wrap; gap: .8rem; } .charts figure { max-width: 100%; }
 .cases { display: grid; gap: .8rem; grid-template-columns: repeat(auto-fill, minmax(min(26rem, 100%), 1fr)); }
 figure { margin: 0; padding: .6rem; background: var(--card); border-radius: .4rem; break-inside: avoid; }
-figcaption { font-size: .85rem; margin-top: .4rem; }
 svg { display: block; max-width: 100%; height: auto; }
-svg text { fill: var(--muted); font-size: 12px; }
-svg .good { fill: var(--good); } svg .bad { fill: var(--bad); }
+svg text { fill: var(--muted); font-size: 12px; } svg .good { fill: var(--good); } svg .bad { fill: var(--bad); }
 svg .axis { stroke: var(--muted); stroke-width: .75; fill: none; }
 svg .curve { stroke: var(--good); stroke-width: 2; fill: none; }
 svg .cut { stroke: var(--text); stroke-width: 1.5; stroke-dasharray: 5 3; } svg .now { fill: var(--text); }
 .pair { display: grid; grid-template-columns: 1fr 1fr; gap: .3rem; }
 .pair img { display: block; width: 100%; height: auto; border-radius: .2rem; }
-.case { border: 2px solid transparent; }
+.case { border: 2px solid transparent; } figcaption { font-size: .85rem; margin-top: .4rem; }
 .case .path { display: block; overflow-wrap: anywhere; }
 .scale { display: inline-block; width: 9rem; text-align: center; color: #000; border: 1px solid var(--line);
   background: linear-gradient(90deg, transparent, #28bceb, #a4fc3c, #fb8122, #7a0403); }
@@ -71,15 +67,13 @@ svg .cut { stroke: var(--text); stroke-width: 1.5; stroke-dasharray: 5 3; } svg 
 .false-reject .mark { background: var(--good); border-color: var(--good); color: var(--back); }
 """
 # The scale's colours are those of `Result.draw`: no tint at 0, then OpenCV's turbo map, 0.5 is the threshold.
-PICTURES = """<p class="muted">Left: camera image. Right: anomaly heatmap, from the usual level on good parts
-<span class="scale">threshold</span> to twice as far; white outline: mask, what is above the threshold.</p>
-"""
+PICTURES = """<p class="muted">Left: image. Right: heatmap, from the usual on good parts
+<span class="scale">threshold</span> to twice as far; white outline: mask, above the threshold.</p>"""
 # The policy makes the browser itself refuse anything that is not in the file.
 HEAD = """<!doctype html>
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<meta http-equiv="Content-Security-Policy"
- content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
 """
 
 
@@ -213,8 +207,7 @@ def write_report(
         for index, name in enumerate(names):
             file.write(f'<section id="product-{index}">\n<h2>{escape(name)}</h2>\n')
             own = [one for one in scores if one.product == name]
-            for one in own:
-                file.write(f'<div class="charts">\n{_roc(one)}{_histogram(one)}</div>\n')
+            file.writelines(f'<div class="charts">\n{_roc(one)}{_histogram(one)}</div>\n' for one in own)
             file.writelines(_groups([case for case in cases if case.product == name], own))
             file.write("</section>\n")
         file.write("</body></html>\n")
@@ -224,15 +217,8 @@ def write_metrics_json(
     path: str | Path, metrics: Sequence[ProductMetrics], facts: Mapping[str, str] | None = None
 ) -> None:
     """Write {"facts", "products": [...], "mean"} with metrics as fractions 0..1, null where there is none."""
-
-    def row(one: ProductMetrics) -> dict[str, str | int | float | None]:
-        return {key: None if _is_nan(value) else value for key, value in one.to_dict().items()}
-
-    document = {
-        "facts": dict(facts or {}),
-        "products": [row(one) for one in metrics],
-        "mean": row(mean_metrics(metrics)),
-    }
+    mean = _numbers(mean_metrics(metrics))
+    document = {"facts": dict(facts or {}), "products": [*map(_numbers, metrics)], "mean": mean}
     with atomic_write(path) as part:
         part.write_text(json.dumps(document, indent=2, allow_nan=False) + "\n", encoding="utf-8")
 
@@ -242,8 +228,7 @@ def write_metrics_csv(path: str | Path, metrics: Sequence[ProductMetrics]) -> No
     with atomic_write(path) as part, part.open("w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, ("product", "n_good", "n_defective", *METRICS, "mad"))
         writer.writeheader()
-        for one in metrics:
-            writer.writerow({key: "" if _is_nan(value) else value for key, value in one.to_dict().items()})
+        writer.writerows(map(_numbers, metrics))
 
 
 def metrics_table(metrics: Sequence[ProductMetrics]) -> Table:
@@ -262,8 +247,9 @@ def metrics_table(metrics: Sequence[ProductMetrics]) -> Table:
     return table
 
 
-def _is_nan(value: str | int | float) -> bool:
-    return isinstance(value, float) and math.isnan(value)
+def _numbers(one: ProductMetrics) -> dict[str, str | int | float | None]:
+    values = one.to_dict().items()
+    return {key: None if isinstance(value, float) and math.isnan(value) else value for key, value in values}
 
 
 def _percent(fraction: float) -> str:
@@ -283,8 +269,7 @@ def _row(cells: Iterable[str]) -> str:
 
 def _table(headings: Iterable[str], rows: Iterable[str], foot: str = "") -> str:
     head = "".join(f'<th scope="col">{heading}</th>' for heading in headings)
-    foot = f"<tfoot>{foot}</tfoot>" if foot else ""
-    body = f"<thead><tr>{head}</tr></thead><tbody>\n{''.join(rows)}</tbody>{foot}"
+    body = f"<thead><tr>{head}</tr></thead><tbody>\n{''.join(rows)}</tbody><tfoot>{foot}</tfoot>"
     return f'<div class="scroll"><table>{body}</table></div>\n'
 
 
@@ -307,37 +292,40 @@ def _share(part: int, whole: int) -> str:
 def _verdicts(scores: Sequence[ProductScores], names: Sequence[str]) -> str:
     def row(one: ProductScores) -> str:
         link = f'<a href="#product-{names.index(one.product)}">{escape(one.product)}</a>'
-        missed, rejected = one.mistakes
-        counts = _share(missed, len(one.defective)), _share(rejected, len(one.good))
+        counts = map(_share, one.mistakes, (len(one.defective), len(one.good)))
         return _row((link, f"{one.threshold:#.4g}", *counts))
 
     return _table(("Product", "Threshold", "Defects missed", "Good rejected"), map(row, scores))
 
 
-def _figure(label: str, size: tuple[int, int], marks: Sequence[str], caption: str) -> str:
-    box = f'width="{size[0]}" height="{size[1]}" viewBox="0 0 {size[0]} {size[1]}"'
-    svg = f'<svg {box} role="img" aria-label="{escape(label)}">'
-    return f"<figure>{svg}{''.join(marks)}</svg><figcaption class='muted'>{caption}</figcaption></figure>\n"
+def _figure(label: str, axes: tuple[str, str], width: int, marks: Iterable[str], caption: str) -> str:
+    """A chart with its marks in a frame of width x 210 px whose left upper corner is at (48, 12)."""
+    box = f'width="{width + 60}" height="262" viewBox="0 0 {width + 60} 262"'
+    frame = (
+        f'<rect class="axis" x="48" y="12" width="{width}" height="210"/>'
+        f'<text x="{48 + width / 2}" y="256" text-anchor="middle">{axes[0]}</text>'
+        f'<text transform="translate(12 117) rotate(-90)" text-anchor="middle">{axes[1]}</text>'
+    )
+    svg = f'<svg {box} role="img" aria-label="{escape(label)}">{frame}{"".join(marks)}</svg>'
+    return f"<figure>{svg}<figcaption class='muted'>{caption}</figcaption></figure>\n"
 
 
 def _roc(one: ProductScores) -> str:
-    """ROC curve in a square of 210 x 210 px with the threshold's own point."""
+    """ROC curve with the threshold's own point."""
     fpr, tpr = roc_curve(one.scores, one.labels)
     if not len(fpr):
         return "<figure><p class='muted'>ROC curve: n/a, it needs good and defective images.</p></figure>\n"
     points = " ".join(f"{48 + 210 * x:.1f},{222 - 210 * y:.1f}" for x, y in zip(fpr, tpr, strict=True))
     now_x, now_y = (one.good > one.threshold).mean(), (one.defective > one.threshold).mean()
     marks = [
-        '<rect class="axis" x="48" y="12" width="210" height="210"/>',
         '<line class="axis" x1="48" y1="222" x2="258" y2="12" stroke-dasharray="2 4"/>',
         f'<polyline class="curve" points="{points}"/>',
         f'<circle class="now" cx="{48 + 210 * now_x:.1f}" cy="{222 - 210 * now_y:.1f}" r="5"/>',
         *(f'<text x="{48 + 2.1 * n}" y="238" text-anchor="middle">{n}</text>' for n in (0, 50, 100)),
         *(f'<text x="42" y="{226 - 2.1 * n}" text-anchor="end">{n}</text>' for n in (0, 50, 100)),
-        '<text x="153" y="256" text-anchor="middle">good rejected, %</text>',
-        '<text transform="translate(12 117) rotate(-90)" text-anchor="middle">defects found, %</text>',
     ]
-    return _figure(f"ROC curve of {one.product}", (270, 262), marks, "ROC curve; the dot is the threshold")
+    axes = "good rejected, %", "defects found, %"
+    return _figure(f"ROC curve of {one.product}", axes, 210, marks, "ROC curve; the dot is the threshold")
 
 
 def _histogram(one: ProductScores) -> str:
@@ -351,7 +339,7 @@ def _histogram(one: ProductScores) -> str:
     first, count = int(bins.min()), int(np.ptp(bins)) + 1  # the threshold and the 0 put bars -1 and 0 in
     bars = np.split(bins[: len(every) - 1] - first, [len(one.good)])
     shares = [np.bincount(bar, minlength=count) / max(len(bar), 1) for bar in bars]
-    top, width = max(float(share.max()) for share in shares) or 1.0, 357 / count
+    top, width = max(float(share.max()) for share in shares) or 1.0, 360 / count
     marks = []
     for name, share in zip(("good", "bad"), shares, strict=True):
         for index in np.flatnonzero(share):
@@ -359,21 +347,17 @@ def _histogram(one: ProductScores) -> str:
             place = f'x="{48 + index * width:.1f}" y="{117 - height if name == "good" else 117:.1f}"'
             marks.append(f'<rect class="{name}" {place} width="{width - 1:.1f}" height="{height:.1f}"/>')
     cut, low, high = 48 - first * width, one.threshold + first * step, one.threshold + (first + count) * step
-    side, anchor = (5, "start") if cut < 226 else (-5, "end")
-    ticks = ((19, 100 * top), (117, 0), (215, 100 * top))
+    place = f'x="{cut + 5:.1f}"' if cut < 228 else f'x="{cut - 5:.1f}" text-anchor="end"'
     marks += [
-        '<rect class="axis" x="48" y="12" width="357" height="210"/>',
-        '<line class="axis" x1="48" y1="117" x2="405" y2="117"/>',
-        f'<line class="cut" x1="{cut:.1f}" y1="1" x2="{cut:.1f}" y2="222"/>',
-        f'<text class="now" x="{cut + side:.1f}" y="9" text-anchor="{anchor}">threshold {one.threshold:#.4g}</text>',
-        *(f'<text x="42" y="{y + 4}" text-anchor="end">{percent:.3g}</text>' for y, percent in ticks),
-        f'<text x="48" y="238">{low:#.4g}</text><text x="405" y="238" text-anchor="end">{high:#.4g}</text>',
-        '<text x="226" y="256" text-anchor="middle">anomaly score, no unit</text>',
-        '<text transform="translate(12 117) rotate(-90)" text-anchor="middle">share of its class, %</text>',
+        '<line class="axis" x1="48" y1="117" x2="408" y2="117"/>',
+        f'<line class="cut" x1="{cut:.1f}" y1="0" x2="{cut:.1f}" y2="222"/>',
+        f'<text class="now" {place} y="9">threshold {one.threshold:#.4g}</text>',
+        *(f'<text x="42" y="{121 + n}" text-anchor="end">{abs(n) / 0.98 * top:.3g}</text>' for n in (-98, 0, 98)),
+        f'<text x="48" y="238">{low:#.4g}</text><text x="408" y="238" text-anchor="end">{high:#.4g}</text>',
     ]
-    good, defective = len(one.good), len(one.defective)
-    caption = f"Scores: {good} good images upwards in blue, {defective} defective downwards in orange"
-    return _figure(f"Scores of {one.product}", (420, 262), marks, caption)
+    axes = "anomaly score, no unit", "share of its class, %"
+    caption = f"{len(one.good)} good upwards in blue, {len(one.defective)} defective downwards in orange"
+    return _figure(f"Scores of {one.product}", axes, 360, marks, caption)
 
 
 def _groups(cases: Sequence[Case], scores: Sequence[ProductScores]) -> Iterator[str]:
@@ -387,8 +371,7 @@ def _groups(cases: Sequence[Case], scores: Sequence[ProductScores]) -> Iterator[
     }
     counts = [(*one.mistakes, len(one.scores) - sum(one.mistakes)) for one in scores]
     totals = np.sum(counts, axis=0) if counts else [len(group) for group in groups.values()]
-    if cases:
-        yield PICTURES
+    yield PICTURES if cases else ""
     for (heading, group), total in zip(groups.items(), totals, strict=True):
         if group:
             yield f'<h3>{heading} ({len(group)} of {total})</h3>\n<div class="cases">\n'

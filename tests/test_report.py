@@ -106,10 +106,10 @@ def test_verdicts_are_counted_as_the_detector_judges(tmp_path):
     scores = np.array([0.1, 0.3, 0.3, 0.9], np.float32)
     product = ProductScores("screw", scores, np.array([False, False, True, True]), 0.3)
     write_report(tmp_path / "r.html", "t", {}, [SCREW], [product])
-    assert "screw 0.3 0 of 2 (0.0 %) 1 of 2 (50.0 %)" in read(tmp_path / "r.html")[1].text
+    assert "screw 0.3000 0 of 2 (0.0 %) 1 of 2 (50.0 %)" in read(tmp_path / "r.html")[1].text
     at_threshold = ProductScores("screw", scores, product.labels, float(scores[1]))
     write_report(tmp_path / "r.html", "t", {}, [SCREW], [at_threshold])
-    assert "screw 0.3 1 of 2 (50.0 %) 0 of 2 (0.0 %)" in read(tmp_path / "r.html")[1].text
+    assert "screw 0.3000 1 of 2 (50.0 %) 0 of 2 (0.0 %)" in read(tmp_path / "r.html")[1].text
 
 
 def test_the_worst_come_first_and_are_marked(tmp_path):
@@ -131,9 +131,20 @@ def test_the_worst_come_first_and_are_marked(tmp_path):
     assert order == sorted(order)
     shown = [tuple(a["class"].split()[1:]) for t, a in page.tags if t == "figure" and "case" in a["class"]]
     assert shown == [("miss",)] * 3 + [("false-reject",)] * 2 + [("correct",)] * 3
-    assert "MISS dent, verdict good score 0.1 = 0.20 × threshold 0.5" in page.text
-    assert "FALSE REJECT good, verdict defective score 0.8 = 1.60 × threshold 0.5" in page.text
+    assert "MISS dent, verdict good score 0.1000 = 0.20 × threshold 0.5000" in page.text
+    assert "FALSE REJECT good, verdict defective score 0.8000 = 1.60 × threshold 0.5000" in page.text
     assert "correct good, verdict good" in page.text
+    assert "white outline: mask" in page.text
+
+
+def test_groups_say_how_many_there_are_in_all(tmp_path):
+    scores = np.array([0.6, 0.7, 0.1, 0.2, 0.3, 0.9])
+    product = ProductScores("screw", scores, np.array([False, False, True, True, True, True]), 0.5)
+    cases = [a_case("good", 0.7), a_case("dent", 0.1), a_case("dent", 0.2), a_case("dent", 0.9)]
+    write_report(tmp_path / "r.html", "t", {}, [SCREW], [product], cases)
+    text = read(tmp_path / "r.html")[1].text
+    for heading in ("Worst misses (2 of 3)", "Highest false rejects (1 of 2)", "Judged rightly (1 of 1)"):
+        assert heading in text
 
 
 def test_pictures_are_inside_small_and_in_their_colours(tmp_path):
@@ -180,7 +191,7 @@ def test_a_path_that_is_not_utf8_is_shown(tmp_path):
 
 def test_cases_without_a_positive_threshold_have_no_ratio(tmp_path):
     write_report(tmp_path / "r.html", "t", {}, [SCREW], cases=[a_case("dent", 0.25, threshold=0.0)])
-    assert "score 0.25, threshold 0" in read(tmp_path / "r.html")[1].text
+    assert "score 0.2500, threshold 0.000" in read(tmp_path / "r.html")[1].text
 
 
 @pytest.mark.parametrize(
@@ -202,7 +213,7 @@ def test_charts_of_odd_scores_stay_in_their_frame(tmp_path, scores, labels):
     for tag, at in page.tags:
         if tag == "rect":
             x, y, width, height = (float(at[name]) for name in ("x", "y", "width", "height"))
-            assert 12 <= x < x + width <= 406
+            assert 12 <= x < x + width <= 408
             assert 12 <= y < y + height <= 223
         if tag == "polyline":
             points = np.array([point.split(",") for point in at["points"].split()], float)
@@ -213,7 +224,8 @@ def test_charts_of_odd_scores_stay_in_their_frame(tmp_path, scores, labels):
 
 def test_bars_left_of_the_threshold_are_the_accepted_images(tmp_path, scored):
     write_report(tmp_path / "r.html", "t", {}, [SCREW], [scored])
-    tags = read(tmp_path / "r.html")[1].tags
+    html, page = read(tmp_path / "r.html")
+    tags = page.tags
     (cut,) = (float(a["x1"]) for tag, a in tags if tag == "line" and a["class"] == "cut")
     bars = [a for tag, a in tags if tag == "rect" and a["class"] in ("good", "bad")]
     for name, scores in (("good", scored.good), ("bad", scored.defective)):
@@ -221,6 +233,12 @@ def test_bars_left_of_the_threshold_are_the_accepted_images(tmp_path, scored):
         accepted = sum(height for left, height in heights if left) / sum(height for _, height in heights)
         assert accepted == pytest.approx((scores <= 0.5).mean(), abs=0.005)
         assert 0 < accepted < 1
+    ticks = [float(word) for word in re.findall(r'x="42" y="\d+" text-anchor="end">([\d.]+)<', html)]
+    tallest = max(float(a["height"]) for a in bars)
+    assert tallest == pytest.approx(98, abs=0.1)
+    assert ticks[0] == ticks[2] > ticks[1] == 0
+    defective = [float(a["height"]) for a in bars if a["class"] == "bad"]
+    assert sum(defective) / tallest * ticks[0] == pytest.approx(100, abs=1)
     ((circle),) = (a for tag, a in tags if tag == "circle")
     assert float(circle["cx"]) == pytest.approx(48 + 210 * (scored.good > 0.5).mean(), abs=0.06)
     assert float(circle["cy"]) == pytest.approx(222 - 210 * (scored.defective > 0.5).mean(), abs=0.06)
