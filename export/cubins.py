@@ -86,7 +86,10 @@ def compile_launch(launch: Launch, plan: Plan, arch: int) -> Kernel:
     try:
         compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     except Exception as exc:  # Triton's, LLVM's and the assembler's errors share no base class
-        raise ExportError(f"{what}: Triton {triton.__version__} cannot compile it for sm_{arch}: {exc}") from exc
+        cause = exc  # Triton wraps an error once for each function it was in
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        raise ExportError(f"{what}: Triton {triton.__version__} cannot compile it for sm_{arch}: {cause}") from exc
     facts = compiled.metadata
     if facts.shared > SHARED_KIB[arch] * 1024:
         raise ExportError(

@@ -55,7 +55,7 @@ def expand_call(
     return Call(
         op="expand.expand",
         buffers=(x, weight, gamma, beta, y),
-        constants=(height, width, channels, bm, 32),
+        constants=(height, width, channels, bm, 16 if channels > 512 else 32),
         programs=4 * batch * tiles,
         num_warps=8 if channels >= 256 else 4,
     )

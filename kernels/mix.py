@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from .norm import load_norm, silu, store_stats, tile_columns, tile_rows
+from .norm import depth, load_norm, silu, store_stats, tile_columns, tile_rows
 from .plan import Call
 from .pointwise import norm_silu_reference
 
@@ -94,7 +94,7 @@ def mix_call(
     return Call(
         op="mix.mix",
         buffers=(o, x, y, y_stats, weight2, weight, tokens, u, u_stats),
-        constants=(height, width, channels, grid, tokens_stride, tokens_offset, eps, bm, bn, 64),
+        constants=(height, width, channels, grid, tokens_stride, tokens_offset, eps, bm, bn, depth(bm, channels)),
         programs=batch * tiles * (channels // bn),
     )
 

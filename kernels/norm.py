@@ -10,8 +10,6 @@ from math import isqrt
 import triton
 import triton.language as tl
 
-STATS_CHUNK = tl.constexpr(64)  # tiles combined at a time
-
 
 def tile_rows(positions: int) -> int:
     """Rows of a tile, of the products and of the statistics: as many as there are tiles, 16 to 128.
@@ -30,6 +28,11 @@ def tile_columns(tiles: int, columns: int) -> int:
     while width > 16 and tiles * (columns // width) < 128:
         width //= 2
     return width
+
+
+def depth(rows: int, channels: int) -> int:
+    """Channels at a time: with 64 tiles' statistics beside them, 64 would not fit into 99 KiB of shared memory."""
+    return 32 if rows >= 64 and channels > 64 else 64
 
 
 @triton.jit
@@ -63,16 +66,17 @@ def load_norm(
 ):
     """-> mean and 1 / sqrt(var + eps) of these channels, (columns,) fp32"""
     TILES: tl.constexpr = (POSITIONS + ROWS - 1) // ROWS
+    CHUNK: tl.constexpr = 16 if TILES <= 16 else (32 if TILES <= 32 else 64)  # tiles combined at a time
     total = (columns * 0).to(tl.float32)
-    for start in range(0, TILES, STATS_CHUNK):
-        tile = start + tl.arange(0, STATS_CHUNK)[:, None]
+    for start in range(0, TILES, CHUNK):
+        tile = start + tl.arange(0, CHUNK)[:, None]
         count = tl.minimum(tl.maximum(POSITIONS - tile * ROWS, 0), ROWS).to(tl.float32)
         mean = tl.load(image_ptr + tile * (2 * C) + columns[None, :], mask=tile < TILES, other=0.0)
         total += tl.sum(count * mean, 0)
     mean_of_all = total / POSITIONS
     squares = (columns * 0).to(tl.float32)
-    for start in range(0, TILES, STATS_CHUNK):
-        tile = start + tl.arange(0, STATS_CHUNK)[:, None]
+    for start in range(0, TILES, CHUNK):
+        tile = start + tl.arange(0, CHUNK)[:, None]
         count = tl.minimum(tl.maximum(POSITIONS - tile * ROWS, 0), ROWS).to(tl.float32)
         at = image_ptr + tile * (2 * C) + columns[None, :]
         shift = tl.load(at, mask=tile < TILES, other=0.0) - mean_of_all[None, :]

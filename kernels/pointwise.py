@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 from torch.nn import functional as F
 
-from .norm import load_norm, silu, store_stats, tile_columns, tile_rows
+from .norm import depth, load_norm, silu, store_stats, tile_columns, tile_rows
 from .plan import Call
 
 
@@ -89,7 +89,7 @@ def pointwise_call(
     return Call(
         op="pointwise.pointwise",
         buffers=(x, x_stats, weight, bias, residual, y, y_stats),
-        constants=(positions, c_in, c_out, groups, bm, eps, silu, bm, bn, 64),
+        constants=(positions, c_in, c_out, groups, bm, eps, silu, bm, bn, depth(bm, c_in)),
         programs=batch * tiles * (c_out // bn),
     )
 

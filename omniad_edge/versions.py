@@ -9,6 +9,8 @@ LIBRARIES = (
     "onnx",
     "onnxruntime",
     "openvino",
+    "triton",
+    "cuda-bindings",
     "numpy",
     "opencv-python-headless",
     "pillow",

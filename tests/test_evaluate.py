@@ -140,7 +140,7 @@ def test_a_run_and_its_bundle_are_one_model(small_run, small_bundle):
     for product, calibration in run.calibrations.items():
         assert bundle.calibrations[product].threshold == pytest.approx(calibration.threshold, abs=1e-6)
         assert bundle.calibrations[product].n_good == calibration.n_good == 1
-    assert "torch in fp32" in run.facts["engine"] and " in fp32: " in bundle.facts["engine"]
+    assert "torch in fp32" in run.facts["engine"] and "OpenVINO in" in bundle.facts["engine"]
     assert run.facts["backbone weights"] == bundle.facts["backbone weights"] == "none (random, seed 42)"
 
 

@@ -1,0 +1,136 @@
+"""The fused engine's bundle parts and choice, without a GPU: launches go to a stand-in that runs nothing."""
+
+import json
+
+import numpy as np
+import pytest
+
+pytest.importorskip("triton", reason="the kernels need Triton: pip install 'omniad-edge[kernels]'")
+
+from omniad_edge import fused
+from omniad_edge.bundle import Bundle, read_bundle
+from omniad_edge.engine import open_engine
+from omniad_edge.errors import BundleError, EngineError, ExportError
+from omniad_edge.export import fused_parts as parts_module
+from omniad_edge.export.bundle_export import export_bundle
+from omniad_edge.kernels.plan import Kernel
+
+
+@pytest.fixture
+def compiled(monkeypatch):
+    """Kernels are not compiled but named after their key."""
+
+    def compile_plan(plan, arch):
+        for key in sorted({plan.kernel_key(launch) for launch in plan.launches}):
+            yield key, Kernel("step", f"{arch} {key}".encode(), 1024, 4)
+
+    monkeypatch.setattr(parts_module, "compile_plan", compile_plan)
+
+
+@pytest.fixture
+def bundle(small_run, tmp_path, compiled) -> Bundle:
+    lines = []
+    targets = ["sm_90", "sm_87"]
+    export_bundle(small_run.folder, tmp_path / "b.omniad", True, targets=targets, progress=lines.append)
+    assert [line.split(":")[0] for line in lines] == ["sm_87", "sm_90"]
+    return read_bundle(tmp_path / "b.omniad")
+
+
+class Graph:
+    """Stands for CudaGraphPlan: gives the self-test's maps, off by `error`."""
+
+    made: list = []
+    error = 0.0
+
+    def __init__(self, plan, kernels, weights, pdl) -> None:
+        self.plan, self.kernels, self.weights, self.pdl = plan, kernels, weights, pdl
+        Graph.made.append(self)
+
+    def run(self, inputs):
+        pixels = inputs["pixels"]
+        assert pixels.shape == self.plan.buffers["pixels"].shape
+        maps = np.stack([Graph.truth.get(image.tobytes(), np.zeros(image.shape[:2])) for image in pixels])
+        maps = (maps + Graph.error).astype(np.float32)
+        return {"anomaly_map": maps, "peaks": maps.reshape(len(maps), -1)}
+
+
+@pytest.fixture
+def gpu(monkeypatch, bundle):
+    """A GPU of sm_90."""
+    import io
+
+    with np.load(io.BytesIO(bundle.parts[fused.SELF_TEST]), allow_pickle=False) as test:
+        Graph.truth = {p.tobytes(): m for p, m in zip(test["pixels"], test["anomaly_map"], strict=True)}
+    Graph.made, Graph.error = [], 0.0
+    monkeypatch.setattr(fused, "CudaGraphPlan", Graph)
+    monkeypatch.setattr(fused, "device_architecture", lambda: 90)
+
+
+def test_the_parts(bundle):
+    index = json.loads(bundle.parts["fused/sm_87.json"])
+    code = bundle.parts["fused/sm_87.bin"]
+    assert index["arch"] == "sm_87" and index["versions"]["triton"]
+    assert all(key in str(code[e["offset"] :][: e["bytes"]]) for key, e in index["kernels"].items())
+
+
+def test_it_is_chosen_where_it_can_run(bundle, gpu):
+    engine = open_engine(bundle)
+    assert (engine.backend, engine.precision) == ("fused", "fp16")
+    assert "the bundle has them for this GPU" in engine.reason
+    (graph,) = Graph.made
+    assert graph.pdl and len(graph.kernels) == len(graph.plan.launches)
+    assert {k.cubin for k in graph.kernels} == {
+        f"90 {graph.plan.kernel_key(launch)}".encode() for launch in graph.plan.launches
+    }
+    weights = {name for name, buffer in graph.plan.buffers.items() if buffer.kind == "weight"}
+    assert graph.weights.keys() == weights
+
+
+@pytest.mark.parametrize("count, graphs", [(1, {1}), (3, {1}), (8, {1, 8}), (11, {1, 8})])
+def test_any_number_of_images(bundle, gpu, count, graphs):
+    engine = open_engine(bundle, "fused")
+    pixels = np.zeros((count, bundle.height, bundle.width, 3), np.uint8)
+    anomaly_map, pred_score = engine.run(pixels)
+    assert anomaly_map.shape == (count, bundle.height, bundle.width) and pred_score.shape == (count,)
+    assert {graph.plan.batch for graph in Graph.made} == graphs
+
+
+@pytest.mark.parametrize("error", [4e-4, np.nan])
+def test_a_gpu_that_computes_something_else_is_refused(bundle, gpu, error):
+    Graph.error = error
+    with pytest.raises(EngineError, match="anomaly map of a self-test image is .* off"):
+        open_engine(bundle, "fused")
+
+
+@pytest.mark.parametrize(
+    "arch, words",
+    [(None, "no NVIDIA GPU"), (86, r"kernels for sm_87, sm_90; export it with --targets sm_86 too")],
+)
+def test_where_it_cannot_run_it_says_what_to_do(bundle, monkeypatch, arch, words):
+    monkeypatch.setattr(fused, "device_architecture", lambda: arch)
+    with pytest.raises(EngineError, match=f"backend fused: .*{words}"):
+        open_engine(bundle, "fused")
+    assert open_engine(bundle).backend != "fused"
+
+
+def test_precisions(bundle, gpu):
+    assert open_engine(bundle, precision="fp16").backend == "fused"
+    with pytest.raises(EngineError, match="fused kernels compute in fp16; for fp32"):
+        open_engine(bundle, "fused", "fp32")
+    with pytest.raises(EngineError, match="fp16 is the precision of backend='fused'"):
+        open_engine(bundle, "onnxruntime", "fp16")
+    assert open_engine(bundle, precision="fp32").backend != "fused"
+
+
+@pytest.mark.parametrize("part, content", [(fused.PLAN, b"{}"), (fused.PLAN, b"x"), ("fused/sm_90.json", b"[]")])
+def test_a_crafted_part_is_refused(bundle, gpu, part, content):
+    with pytest.raises(BundleError, match="not as omniad-export writes it"):
+        open_engine(Bundle(bundle.manifest, bundle.parts | {part: content}), "fused")
+
+
+def test_targets_need_fp16_and_known_names(small_run, tmp_path):
+    with pytest.raises(ExportError, match="--fp16"):
+        export_bundle(small_run.folder, tmp_path / "b.omniad", False, targets=["sm_90"])
+    with pytest.raises(ExportError, match="got 'sm_1'"):
+        export_bundle(small_run.folder, tmp_path / "b.omniad", True, targets=["sm_1"])
+    assert not list(tmp_path.iterdir())
