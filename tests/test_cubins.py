@@ -26,7 +26,8 @@ arch = int(sys.argv[1])
 plan = build_plan(fold(OmniAD(ModelConfig())), batch=1)
 kernels = dict(compile_plan(plan, arch))
 assert set(kernels) == {plan.kernel_key(launch) for launch in plan.launches}
-print(json.dumps([[k.name, len(k.cubin), k.shared_bytes, k.num_warps, k.cubin[:4].hex()] for k in kernels.values()]))
+rows = [[k.name, len(k.cubin), k.shared_bytes, k.num_warps, k.cubin[:4].hex()] for k in kernels.values()]
+print(json.dumps(rows))
 """
 
 

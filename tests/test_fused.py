@@ -1,6 +1,8 @@
 """The fused engine's bundle parts and choice, without a GPU: launches go to a stand-in that runs nothing."""
 
+import io
 import json
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -39,8 +41,9 @@ def bundle(small_run, tmp_path, compiled) -> Bundle:
 class Graph:
     """Stands for CudaGraphPlan: gives the self-test's maps, off by `error`."""
 
-    made: list = []
-    error = 0.0
+    made: ClassVar[list] = []
+    error: ClassVar[float] = 0.0
+    truth: ClassVar[dict] = {}
 
     def __init__(self, plan, kernels, weights, pdl) -> None:
         self.plan, self.kernels, self.weights, self.pdl = plan, kernels, weights, pdl
@@ -57,8 +60,6 @@ class Graph:
 @pytest.fixture
 def gpu(monkeypatch, bundle):
     """A GPU of sm_90."""
-    import io
-
     with np.load(io.BytesIO(bundle.parts[fused.SELF_TEST]), allow_pickle=False) as test:
         Graph.truth = {p.tobytes(): m for p, m in zip(test["pixels"], test["anomaly_map"], strict=True)}
     Graph.made, Graph.error = [], 0.0
@@ -98,7 +99,7 @@ def test_any_number_of_images(bundle, gpu, count, graphs):
 @pytest.mark.parametrize("error", [4e-4, np.nan])
 def test_a_gpu_that_computes_something_else_is_refused(bundle, gpu, error):
     Graph.error = error
-    with pytest.raises(EngineError, match="anomaly map of a self-test image is .* off"):
+    with pytest.raises(EngineError, match=r"anomaly map of a self-test image is .* off"):
         open_engine(bundle, "fused")
 
 

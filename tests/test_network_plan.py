@@ -114,7 +114,5 @@ def test_batches_share_weights_and_kernels():
 
 def test_other_attention_orders_are_refused_in_words():
     network = fold(golden_model(**(SMALL | {"attention": "kv+q"})))
-    with pytest.raises(
-        ExportError, match=r"learnable queries, then learnable keys and values .*without --targets"
-    ):
+    with pytest.raises(ExportError, match=r"learnable queries, then .*without --targets"):
         build_plan(network, batch=1)
