@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Everything a GPU has to say about the fused engine, in one command, without a network and without installing:
 #     benchmarks/gpu_check.sh [--only kernels,e2e,latency] [--out FOLDER]
-# Needs python3 with torch, Triton 3.6, cuda-bindings, onnx, onnxruntime, opencv, pillow, safetensors and pytest.
+# Needs python3 with torch, Triton 3.6, cuda-bindings, onnx, onnxruntime, opencv, pillow, safetensors, rich, scipy,
+# hypothesis and pytest.
 # Under 9 minutes; each part writes its own file to FOLDER (default: benchmarks/results) as soon as it is done.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -27,12 +28,12 @@ ln -s "$PWD/kernels" "$PWD/export" "$links/omniad_edge/"
 export PYTHONPATH="$links" PYTHONDONTWRITEBYTECODE=1
 export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$links/triton}
 mkdir -p "$out"
-gpu=$(nvidia-smi --query-gpu=name --format=csv,noheader | head -n 1 | tr ' A-Z' '-a-z')
+gpu=$(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | head -n 1 | tr ' A-Z' '-a-z')
 
 failed=()
 for part in ${only//,/ }; do
   case "$part" in
-    kernels) python3 -m pytest -p no:cacheprovider -m "slow or not slow" tests/test_kernel_*.py ;;
+    kernels) python3 -m pytest -p no:cacheprovider -m "slow or not slow" tests/test_kernel_*.py tests/test_network_plan.py ;;
     *) python3 benchmarks/gpu.py "$part" --json "$out/${gpu:-gpu}-$part.json" ;;
   esac || failed+=("$part")
 done

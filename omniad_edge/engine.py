@@ -150,8 +150,19 @@ def open_engine(
         raise EngineError("CPUs compute in fp32 or bf16; fp16 is the precision of backend='fused', on a GPU")
     if backend == "fused" or precision == "fp16":
         return fused.FusedEngine(bundle, "fused kernels in fp16: asked for")
-    if (backend, precision) == ("auto", "auto") and not fused.objection(bundle, fused.device_architecture()):
-        return fused.FusedEngine(bundle, "fused kernels in fp16: the bundle has them for this GPU")
+    no_gpu = ""
+    if (backend, precision) == ("auto", "auto"):
+        arch = fused.device_architecture()
+        against = fused.objection(bundle, arch)
+        if not against:
+            return fused.FusedEngine(bundle, "fused kernels in fp16: the bundle has them for this GPU")
+        no_gpu = "" if arch is None else f"; not the GPU, because {against}"
+    engine = open_cpu_engine(bundle, backend, precision, threads)
+    engine.reason += no_gpu
+    return engine
+
+
+def open_cpu_engine(bundle: Bundle, backend: str, precision: str, threads: int | None) -> Engine:
     if backend == "onnxruntime" and precision == "bf16":
         raise EngineError("ONNX Runtime computes in fp32 on CPUs; for bf16 use backend='openvino'")
     model = bundle.onnx("cpu")

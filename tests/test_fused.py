@@ -111,7 +111,9 @@ def test_where_it_cannot_run_it_says_what_to_do(bundle, monkeypatch, arch, words
     monkeypatch.setattr(fused, "device_architecture", lambda: arch)
     with pytest.raises(EngineError, match=f"backend fused: .*{words}"):
         open_engine(bundle, "fused")
-    assert open_engine(bundle).backend != "fused"
+    engine = open_engine(bundle)
+    assert engine.backend != "fused"
+    assert ("not the GPU, because the bundle has kernels for sm_87, sm_90" in engine.reason) == (arch == 86)
 
 
 def test_precisions(bundle, gpu):
