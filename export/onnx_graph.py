@@ -22,19 +22,16 @@ FLOAT, HALF = TensorProto.FLOAT, TensorProto.FLOAT16
 IMAGE, TOKENS = "image", "tokens"
 
 
-def build_graph(
-    network: Network, half: bool, half_weights: bool, stream: str = TOKENS
-) -> tuple[bytes, dict[str, np.ndarray]]:
+def build_graph(network: Network, half: bool, half_weights: bool) -> tuple[bytes, dict[str, np.ndarray]]:
     """One graph and the weights it takes.
 
     half:         compute in fp16 what is safe in it; the rest, and both outputs, stay fp32
     half_weights: matrices are stored in fp16; a graph that computes in fp32 casts them, which runtimes do
                   once while loading
-    stream:       layout of the decoder's residual stream, "tokens" or "image"
     Returns a serialised ModelProto without weights, and the weights by name. Its input is `pixels`
     (N, H, W, 3) uint8 RGB with any N, its outputs are `anomaly_map` (N, H, W) and `pred_score` (N,) fp32.
     """
-    ops = OnnxOps(network, half, half_weights, stream)
+    ops = OnnxOps(network, half, half_weights)
     outputs = zip(("anomaly_map", "pred_score"), forward(ops, network, "pixels"), strict=True)
     nodes = ops.nodes + [helper.make_node("Identity", [made.name], [name]) for name, made in outputs]
     size = (network.height, network.width)
@@ -79,11 +76,10 @@ class OnnxOps:
     layouts tried (also: all channels first; the stream as an image) the fastest on ONNX Runtime and OpenVINO.
     """
 
-    def __init__(self, network: Network, half: bool, half_weights: bool, stream: str = TOKENS) -> None:
+    def __init__(self, network: Network, half: bool, half_weights: bool) -> None:
         self.names = {id(array): name for name, array in named_arrays(network).items()}
         self.compute = HALF if half else FLOAT
         self.half_weights = half_weights
-        self.stream = stream
         self.nodes = []
         self.weights: dict[str, np.ndarray] = {}
         self.constants: dict[str, np.ndarray] = {}
@@ -139,7 +135,7 @@ class OnnxOps:
         return self.emit("Transpose", y, like=replace(x, layout=TOKENS), perm=[0, 2, 1])
 
     def decoder_input(self, x: Value) -> Value:
-        return self.image(x) if self.stream == IMAGE else self.tokens(x)
+        return self.tokens(x)
 
     # ---- backbone and neck
 
@@ -255,7 +251,7 @@ class OnnxOps:
         y = self.emit("Reshape", y, self.integers(0, 4 * height * width, d), like=like)
         gamma, beta = self.weight(weights.gamma, FLOAT), self.weight(weights.beta, FLOAT)
         y = self.emit("LayerNormalization", y, gamma, beta, axis=-1, epsilon=1e-5)
-        return self.decoder_input(self.cast(y, self.compute))
+        return self.cast(y, self.compute)
 
     # ---- anomaly map
 
