@@ -58,7 +58,7 @@ class JitPlan:
         self.arena = torch.zeros(plan.arena_bytes, dtype=torch.uint8, device=device)
         self.tensors = {name: self.view(buffer) for name, buffer in plan.buffers.items()}
         for name, value in weights.items():
-            self.tensors[name].copy_(torch.from_numpy(value))
+            self.tensors[name].copy_(torch.tensor(value))  # a copy: stored weights are read-only
 
     def view(self, buffer: Buffer) -> torch.Tensor:
         part = self.arena[buffer.offset_bytes :][: buffer.size_bytes]
