@@ -41,7 +41,7 @@ class Recorder:
         self.backend = backend
 
     def __call__(self, model, *arguments):
-        self.arguments = arguments
+        self.arguments, self.reason = arguments, arguments[-1]
         return self
 
 
