@@ -3,6 +3,7 @@
 import csv
 import time
 from dataclasses import replace
+from datetime import datetime, timezone
 from pathlib import Path
 
 import cv2
@@ -17,8 +18,10 @@ from .metrics import mean_metrics
 from .model import PRESETS
 from .products import write_conveyor, write_line
 from .progress import say
+from .report import write_metrics_json
 from .result import DEFECTIVE, Result
 from .train import train
+from .versions import versions
 
 SIZE_PX = 128
 EPOCHS = 60
@@ -62,14 +65,18 @@ def run_demo(out: Path) -> None:
         {
             "training": f"{trained.trained_on} good images, {EPOCHS} epochs, {trained.seconds:.0f} s",
             "bundle": f"{bundle.name}, {bundle.stat().st_size / 1e6:.1f} MB",
+            "measured": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
         }
     )
-    report = out / "report.html"
+    report, result = out / "report.html", out / "result.json"
     report_evaluation(report, "omniad-edge demo line", evaluation, latency)
+    seconds = f"{time.perf_counter() - started:.0f} s"
+    write_metrics_json(result, evaluation.metrics, evaluation.facts | latency | {"demo, whole": seconds})
     Console().print(table)
-    print(f"report: {report}")
-    print(f"bundle: {bundle}")
-    say(f"done in {time.perf_counter() - started:.0f} s")
+    for name, path in (("report", report), ("figures", result), ("bundle", bundle)):
+        print(f"{name + ':':<8} {path}")
+    say(f"done in {seconds}")
 
 
 def inspect_film(detector: Detector, film: Path, truth: Path) -> list[tuple[str, Result]]:
