@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 
 $(VENV)/ready: pyproject.toml setup.py constraints-cpu.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints-cpu.txt -e ".[train,openvino,kernels,dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints-cpu.txt -e ".[train,openvino,kernels,line,dev]"
 	touch $@
 
 demo: $(VENV)/ready

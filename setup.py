@@ -9,5 +9,5 @@ setup(
         "omniad_edge.kernels": "kernels",
         "omniad_edge.export": "export",
     },
-    package_data={"omniad_edge.backbones": ["*"]},
+    package_data={"omniad_edge": ["*.json", "*.service"], "omniad_edge.backbones": ["*"]},
 )

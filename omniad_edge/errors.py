@@ -8,6 +8,8 @@ OmniADError                    catch this to catch them all
 ├── CalibrationError           the good images cannot support the wanted false-reject rate
 ├── ExportError                an export was refused, for example by the parity gate
 ├── EngineError                a backend is unavailable or failed
+├── CameraError                a camera or stream cannot be opened, or was lost
+├── OutputError                an output cannot take a record now
 ├── DownloadError              weights could not be downloaded or do not match their checksum
 └── MissingDependencyError     an optional package is not installed; the message has the pip command
 """
@@ -43,6 +45,14 @@ class ExportError(OmniADError):
 
 class EngineError(OmniADError):
     """A backend is unavailable or failed."""
+
+
+class CameraError(OmniADError):
+    """A camera or stream cannot be opened, or was lost."""
+
+
+class OutputError(OmniADError):
+    """An output cannot take a record now; it is kept and tried again."""
 
 
 class DownloadError(OmniADError):

@@ -37,6 +37,7 @@ def test_every_error_has_the_one_base():
     assert sorted(raised) == [
         "BundleError",
         "CalibrationError",
+        "CameraError",
         "DataError",
         "DownloadError",
         "EngineError",
@@ -44,6 +45,7 @@ def test_every_error_has_the_one_base():
         "InputError",
         "MissingDependencyError",
         "OmniADError",
+        "OutputError",
         "TrainingError",
     ]
     assert all(issubclass(c, errors.OmniADError) for c in raised.values())
