@@ -48,9 +48,9 @@ def depthwise(
     tl.store(y_ptr + at, y3.to(y_ptr.dtype.element_ty), mask=inside)
     tl.store(y_ptr + at + C, y5.to(y_ptr.dtype.element_ty), mask=inside)
     tile_ptr = stats_ptr + (image * TILES + tile) * (4 * C)
-    count = tl.minimum(HW - tile * BM, BM).to(tl.float32)
+    count = tl.minimum(tile * -BM + HW, BM).to(tl.float32)
     store_stats(tile_ptr, y3, inside, count, c, 2 * C)
-    store_stats(tile_ptr, y5, inside, count, C + c, 2 * C)
+    store_stats(tile_ptr, y5, inside, count, c + C, 2 * C)
 
 
 def depthwise_call(

@@ -63,7 +63,7 @@ def mix(
     at = (image * (GRID * GRID) + token)[:, None] * TOKENS_STRIDE + TOKENS_OFFSET + n[None, :]
     acc += tl.load(tokens_ptr + at, mask=inside, other=0.0)
     tl.store(u_ptr + (image * HW + m)[:, None] * C + n[None, :], acc.to(dtype), mask=inside)
-    count = tl.minimum(HW - tile * BM, BM).to(tl.float32)
+    count = tl.minimum(tile * -BM + HW, BM).to(tl.float32)
     store_stats(u_stats_ptr + (image * TILES + tile) * (2 * C), acc, inside, count, n, C)
 
 

@@ -70,14 +70,14 @@ def load_norm(
     total = (columns * 0).to(tl.float32)
     for start in range(0, TILES, CHUNK):
         tile = start + tl.arange(0, CHUNK)[:, None]
-        count = tl.minimum(tl.maximum(POSITIONS - tile * ROWS, 0), ROWS).to(tl.float32)
+        count = tl.minimum(tl.maximum(tile * -ROWS + POSITIONS, 0), ROWS).to(tl.float32)
         mean = tl.load(image_ptr + tile * (2 * C) + columns[None, :], mask=tile < TILES, other=0.0)
         total += tl.sum(count * mean, 0)
     mean_of_all = total / POSITIONS
     squares = (columns * 0).to(tl.float32)
     for start in range(0, TILES, CHUNK):
         tile = start + tl.arange(0, CHUNK)[:, None]
-        count = tl.minimum(tl.maximum(POSITIONS - tile * ROWS, 0), ROWS).to(tl.float32)
+        count = tl.minimum(tl.maximum(tile * -ROWS + POSITIONS, 0), ROWS).to(tl.float32)
         at = image_ptr + tile * (2 * C) + columns[None, :]
         shift = tl.load(at, mask=tile < TILES, other=0.0) - mean_of_all[None, :]
         squares += tl.sum(tl.load(at + C, mask=tile < TILES, other=0.0) + count * shift * shift, 0)

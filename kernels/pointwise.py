@@ -62,7 +62,7 @@ def pointwise(
     tl.store(y_ptr + at, acc.to(y_ptr.dtype.element_ty), mask=inside)
     if y_stats_ptr is not None:
         tile_ptr = y_stats_ptr + (image * TILES + tile) * (2 * COUT)
-        store_stats(tile_ptr, acc, inside, tl.minimum(HW - tile * BM, BM).to(tl.float32), n, COUT)
+        store_stats(tile_ptr, acc, inside, tl.minimum(tile * -BM + HW, BM).to(tl.float32), n, COUT)
 
 
 def pointwise_call(
