@@ -5,7 +5,8 @@ import os
 from pathlib import Path
 
 from .errors import OutputError
-from .outputs import Output, json_text
+from .outputs import Output
+from .record_text import json_text
 from .verdict import Record
 
 

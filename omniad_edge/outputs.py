@@ -5,7 +5,6 @@
 `Callback` is here; files are in `json_lines` and `rejects`, network outputs in `mqtt` and `webhook`.
 """
 
-import json
 import math
 import threading
 import traceback
@@ -26,7 +25,7 @@ RETRY_S = (0.1, 5.0)  # the first pause after a failure, doubled up to the longe
 QUIET_S = 10.0  # between two reports of the same kind
 HANGING_S = 10.0  # a write that takes longer is reported
 TICK_S = 0.5  # how often the reporter looks
-GRACE_S = 0.5  # after the time to close is over, for what only has to notice
+GRACE_S = 0.1  # after the time to close is over, for what only has to notice
 IMAGE_BYTES = 512_000_000  # of pictures waiting for one output
 NO_IMAGE = np.empty((0, 0, 3), np.uint8)
 NO_MAP, NO_MASK = np.empty((0, 0), np.float32), np.empty((0, 0), bool)
@@ -119,22 +118,26 @@ class Tally:
 
     def __init__(self, report: Callable[[str, str], None], event: str) -> None:
         self._report, self._event = report, event
+        self._lock = threading.Lock()
         self._reported = 0
         self._quiet_until = -math.inf
 
     def update(self, count: int, detail: str, last: bool = False) -> None:
-        """count: since the start; last: nothing comes afterwards, so it is said now."""
-        if count > self._reported and (last or monotonic() >= self._quiet_until):
-            self._report(self._event, f"{count - self._reported} records {detail}")
-            self._reported, self._quiet_until = count, monotonic() + QUIET_S
+        """count: of records, since the start; last: nothing comes afterwards, so it is said now."""
+        with self._lock:
+            new = count - self._reported
+            if new > 0 and (last or monotonic() >= self._quiet_until):
+                self._report(self._event, f"{new} record{'s' * (new > 1)}: {detail}")
+                self._reported, self._quiet_until = count, monotonic() + QUIET_S
 
 
 class OutputQueue:
     """One output behind its own queue and threads.
 
-    output:   opened at once, in the queue's own thread
-    on_event: on_event(event, who, detail), called from a thread of this queue: "output failed" once for a series
-              of failures, "output back", "output dropped" with the number of records, at most every 10 s
+    output:   opened by `start`, in the queue's own thread
+    on_event: on_event(event, who, detail), called from a thread of this queue, never from `put`: "output failed"
+              once for a series of failures and "output back" after it; "output error" for an error in the output's
+              own code and "output dropped", with the number of records, at most every 10 s
     capacity: records that wait besides those being written; when full the oldest is dropped. Pictures that wait
               are bounded too, by 512 MB
     """
@@ -151,6 +154,7 @@ class OutputQueue:
         self._images = getattr(output, "images", Output.images)
         self._events: SimpleQueue[tuple[str, str] | None] = SimpleQueue()
         self._health = Health(self._report)
+        self._errors = Tally(self._report, "output error")
         self._drops = Tally(self._report, "output dropped")
         if hasattr(output, "report"):
             output.report = self._report
@@ -163,8 +167,11 @@ class OutputQueue:
         self._busy_since: float | None = None
         self._writer = threading.Thread(target=self._run, name=f"output {output.name}", daemon=True)
         self._reporter = threading.Thread(target=self._tell, name=f"events {output.name}", daemon=True)
-        self._writer.start()
+
+    def start(self) -> None:
+        """Open the output and write what was put; once."""
         self._reporter.start()
+        self._writer.start()
 
     def put(self, record: Record) -> None:
         """Hand over a record. Never waits for the output, never raises."""
@@ -172,9 +179,9 @@ class OutputQueue:
             if not self._wants(record):
                 return
         except Exception as exc:
-            self._health.bad(f"wants: {_in_words(exc)}")
             with self._changed:
                 self._failed += 1
+            self._errors.update(self._failed, _in_words(exc))
             return
         if not self._images:
             record = without_images(record)
@@ -202,12 +209,14 @@ class OutputQueue:
     def close(self, timeout_s: float) -> None:
         """Write what waits, for at most `timeout_s`; what is left then is dropped. May be called twice.
 
-        Returns within a second of `timeout_s` even if the output hangs.
+        Returns within 0.2 s of `timeout_s` even if the output hangs.
         """
         with self._changed:
             self._closing = True
             self._changed.notify_all()
-        self._writer.join(max(0.0, timeout_s))
+        started = self._writer.ident is not None
+        if started:
+            self._writer.join(max(0.0, timeout_s))
         with self._changed:
             self._abandoned = True  # a write that hangs is not waited for, and not counted when it ends after all
             self._dropped += len(self._waiting) + len(self._in_flight)
@@ -215,22 +224,36 @@ class OutputQueue:
             self._in_flight = []
             self._waiting_bytes = 0
             self._changed.notify_all()
-        self._writer.join(GRACE_S)  # out of a pause; the output is closed
-        self._events.put(None)
-        self._reporter.join(GRACE_S)
+        if started:
+            self._writer.join(GRACE_S)  # out of a pause; the output is closed
+            self._events.put(None)
+            self._reporter.join(GRACE_S)
 
     # ---- the writer's thread
 
     def _run(self) -> None:
-        for pause_s in backoff():
-            if self._attempt(self.output.open):
-                self._health.good()
-                break
-            if not self._pause(pause_s):
-                return
+        if not self._open():
+            return
         while batch := self._take():
             self._write(batch)
-        self._attempt(self.output.close)
+        try:
+            self.output.close()
+        except Exception as exc:
+            self._health.bad(_in_words(exc))
+
+    def _open(self) -> bool:
+        """False if closed before it could be opened."""
+        for pause_s in backoff():
+            try:
+                self._call(self.output.open)
+            except (Exception, SystemExit) as exc:
+                self._health.bad(_in_words(exc))
+                if not self._pause(pause_s):
+                    return False
+            else:
+                break
+        self._health.good()
+        return True
 
     def _take(self) -> list[Record]:
         """The next records to write; none when closed."""
@@ -243,31 +266,35 @@ class OutputQueue:
 
     def _write(self, batch: list[Record]) -> None:
         for pause_s in backoff():
-            done = self._attempt(self.output.write, list(batch))
-            if done is not None or not self._pause(pause_s):
-                break
-        if done:
-            self._health.good()
+            try:
+                self._call(self.output.write, list(batch))
+            except (OutputError, OSError) as exc:
+                self._health.bad(_in_words(exc))
+                if not self._pause(pause_s):
+                    return
+            except (Exception, SystemExit) as exc:
+                self._settle(failed=len(batch))
+                self._errors.update(self._failed, _in_words(exc))
+                return
+            else:
+                self._settle(written=len(batch))
+                self._health.good()
+                return
+
+    def _settle(self, written: int = 0, failed: int = 0) -> None:
+        """The fate of the records in flight, unless `close` gave them up meanwhile."""
         with self._changed:
             if not self._abandoned:
                 self._in_flight = []
-                self._written += len(batch) if done else 0
-                self._failed += 0 if done else len(batch)
+                self._written += written
+                self._failed += failed
 
-    def _attempt(self, action: Callable[..., None], *args: object) -> bool | None:
-        """True: done; None: try again later; False: an error in the output, which the same would cost again."""
+    def _call(self, action: Callable[..., None], *args: object) -> None:
         self._busy_since = monotonic()
         try:
             action(*args)
-        except (OutputError, OSError) as exc:
-            self._health.bad(_in_words(exc))
-            return None
-        except (Exception, SystemExit) as exc:
-            self._health.bad(_in_words(exc))
-            return False
         finally:
             self._busy_since = None
-        return True
 
     def _pause(self, pause_s: float) -> bool:
         """Wait before the next try; closing cuts the wait short. False if there is no next."""
@@ -294,13 +321,13 @@ class OutputQueue:
                 self._health.bad(f"no return from a call for {HANGING_S:g} s; is its disk or server there?")
             with self._changed:
                 dropped = self._dropped
-            self._drops.update(dropped, "dropped, as the output did not take them in time", last=closed)
+            self._drops.update(dropped, "the output did not take them in time", last=closed)
             if event is not None:
-                self._call(*event)
+                self._tell_one(*event)
         while not self._events.empty():
-            self._call(*self._events.get())
+            self._tell_one(*self._events.get())
 
-    def _call(self, event: str, detail: str) -> None:
+    def _tell_one(self, event: str, detail: str) -> None:
         try:
             self._on_event(event, self.output.name, detail)
         except Exception:
@@ -336,23 +363,6 @@ def _light_verdict(verdict: Verdict) -> Verdict:
 def _light_late(late: Late) -> Late:
     result = replace(late.result, anomaly_map=NO_MAP, pred_mask=NO_MASK)
     return replace(late, result=result, frame=replace(late.frame, image=NO_IMAGE))
-
-
-def json_text(record: Record) -> str:
-    """One line of ASCII JSON, valid for every reader: numbers JSON has not (NaN, infinity) become null."""
-    fields = record.to_dict()
-    try:
-        return json.dumps(fields, allow_nan=False)
-    except ValueError:
-        return json.dumps(_finite(fields), allow_nan=False)
-
-
-def _finite(value: object) -> object:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 class Callback(Output):

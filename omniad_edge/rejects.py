@@ -14,7 +14,8 @@ import numpy as np
 
 from .errors import InputError, OutputError
 from .files import atomic_write
-from .outputs import Output, json_text
+from .outputs import Output
+from .record_text import json_text
 from .sizes import age_s, size_bytes
 from .verdict import ACCEPT, Record, Verdict
 

@@ -16,7 +16,7 @@ from jsonschema import Draft202012Validator
 from omniad_edge.calibration import Calibration
 from omniad_edge.errors import OutputError
 from omniad_edge.frame import Frame
-from omniad_edge.outputs import Output
+from omniad_edge.outputs import Output, OutputQueue
 from omniad_edge.result import Result, decide
 from omniad_edge.verdict import Late, Origin, Status, Verdict, record_schema
 
@@ -142,6 +142,12 @@ class Scripted(Output):
 
     def close(self) -> None:
         self.closed.set()
+
+
+def started(output: object, on_event: Events, capacity: int = 1000) -> OutputQueue:
+    queue = OutputQueue(output, on_event, capacity)
+    queue.start()
+    return queue
 
 
 def wait_until(condition: Callable[[], bool]) -> None:

@@ -9,12 +9,11 @@ import textwrap
 from pathlib import Path
 
 import pytest
-from records import Events, check, make_status, make_verdict, of_every_kind, small_disk
+from records import Events, check, make_status, make_verdict, of_every_kind, small_disk, started
 
 from omniad_edge import outputs
 from omniad_edge.errors import OutputError
 from omniad_edge.json_lines import JsonLines
-from omniad_edge.outputs import OutputQueue
 
 
 @pytest.fixture
@@ -140,7 +139,7 @@ def test_nothing_is_lost_or_doubled_by_a_full_disk(tmp_path, monkeypatch):
     with small_disk(tmp_path / "disk", size_kb=256) as disk:
         ballast = disk / "ballast"
         ballast.write_bytes(bytes(200_000))
-        queue = OutputQueue(JsonLines(disk / "line.jsonl"), events)
+        queue = started(JsonLines(disk / "line.jsonl"), events)
         for number in range(100):
             queue.put(make_verdict(number))
         assert "No space left" in events.wait("output failed")
@@ -156,7 +155,7 @@ def test_nothing_is_lost_or_doubled_by_a_full_disk(tmp_path, monkeypatch):
 
 def test_a_folder_in_its_place_is_reported(tmp_path):
     events = Events()
-    queue = OutputQueue(JsonLines(tmp_path), events)
+    queue = started(JsonLines(tmp_path), events)
     assert "IsADirectoryError" in events.wait("output failed") and str(tmp_path) in events.seen[0][2]
     queue.close(0)
 

@@ -10,11 +10,20 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from records import Events, check, make_late, make_origin, make_result, make_status, make_verdict, small_disk
+from records import (
+    Events,
+    check,
+    make_late,
+    make_origin,
+    make_result,
+    make_status,
+    make_verdict,
+    small_disk,
+    started,
+)
 
 from omniad_edge import outputs, rejects
 from omniad_edge.errors import InputError, OutputError
-from omniad_edge.outputs import OutputQueue
 from omniad_edge.rejects import Rejects
 
 NOW = datetime(2026, 3, 2, 10, 15, 2, 123000, timezone.utc)
@@ -212,7 +221,7 @@ def test_a_disk_others_filled_is_an_error_until_there_is_space(tmp_path, monkeyp
         ballast = disk / "ballast"
         with pytest.raises(OSError, match="No space"):
             ballast.write_bytes(bytes(70_000))
-        queue = OutputQueue(Rejects(disk), events)
+        queue = started(Rejects(disk), events)
         queue.put(at(1))
         assert "disk is full, with no older images to delete" in events.wait("output failed")
         assert files(disk) == ["ballast"]
