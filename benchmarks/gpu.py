@@ -114,7 +114,7 @@ class Bench:
 
     def graph(self, batch: int, pdl: bool) -> CudaGraphPlan:
         plan = for_batch(self.plan, batch)
-        kernels = [self.kernels[plan.kernel_key(launch)] for launch in plan.launches]
+        kernels = [self.kernels[plan.kernel_key(launch)] for launch in plan.all_launches]
         return CudaGraphPlan(plan, kernels, self.weights, pdl)
 
     def pixels(self, batch: int) -> np.ndarray:

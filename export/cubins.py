@@ -37,7 +37,7 @@ def compile_plan(plan: Plan, arch: int) -> Iterator[tuple[str, Kernel]]:
     without Triton.
     """
     done = set()
-    for launch in plan.launches:
+    for launch in plan.all_launches:
         key = plan.kernel_key(launch)
         if key not in done:
             done.add(key)
@@ -67,7 +67,7 @@ def compile_launch(launch: Launch, plan: Plan, arch: int) -> Kernel:
             kinds.append("constexpr" if buffer is None else TYPES[plan.buffers[buffer].dtype])
             if buffer is None:
                 constants[arguments, index] = None
-            else:
+            elif plan.buffers[buffer].kind != "frame":  # that one may begin anywhere
                 attributes[arguments, index] = [["tt.divisibility", 16]]
         for index, value in enumerate(call.constants, len(call.buffers)):
             kinds.append("constexpr")

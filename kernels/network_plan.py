@@ -10,7 +10,7 @@ behind it applies them. An Omni-block is five launches, the global branch beside
     x + out SiLU(IN(u))
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from math import isqrt
 
 from ..errors import ExportError
@@ -23,8 +23,10 @@ from .map import anomaly_map_call, cosine_call, tiles
 from .mix import mix_call
 from .norm import tile_rows
 from .pack import KERNEL_ROW
-from .plan import Buffer, Call, Plan
+from .plan import Buffer, Call, Launch, Plan
 from .pointwise import pointwise_call
+from .resize import resize_call
+from .resize_tables import resample_tables
 from .schedule import arrange, schedule
 
 
@@ -46,8 +48,9 @@ class Map:
 def build_plan(network: Network, batch: int, half: bool = True) -> Plan:
     """The plan for one batch size, in fp16 with fp32 where it matters, or wholly in fp32 (for tests).
 
-    Input "pixels" (N, H, W, 3) uint8 RGB; outputs "anomaly_map" (N, H, W) and "peaks" (N, tiles), whose largest
-    is the image score; fp32. Raises ExportError for a network the kernels do not cover.
+    Input "pixels" (N, H, W, 3) uint8 RGB, to which the front brings a "frame" (rows, columns, 3) uint8 BGR;
+    outputs "anomaly_map" (N, H, W) and "peaks" (N, tiles), whose largest is the image score; fp32.
+    Raises ExportError for a network the kernels do not cover.
     """
     check(network)
     r = Recorder(network, batch, half)
@@ -55,7 +58,7 @@ def build_plan(network: Network, batch: int, half: bool = True) -> Plan:
     teacher = backbone(r, network)
     student = decoder(r, network, neck(r, network, *teacher))
     anomaly_map(r, network, teacher, student)
-    return r.plan(network.height, network.width)
+    return r.plan(network.height, network.width, front(r, network.height, network.width))
 
 
 def check(network: Network) -> None:
@@ -106,9 +109,17 @@ class Recorder:
     def call(self, call: Call) -> None:
         self.calls.append(call)
 
-    def plan(self, height: int, width: int) -> Plan:
+    def plan(self, height: int, width: int, front: Launch | None = None) -> Plan:
         before = {name for name, buffer in self.buffers.items() if buffer.kind in ("weight", "input")}
-        return arrange(self.batch, height, width, self.buffers, schedule(self.calls, before))
+        return arrange(self.batch, height, width, self.buffers, schedule(self.calls, before), front)
+
+
+def front(r: Recorder, height: int, width: int) -> Launch:
+    r.buffers["frame"] = Buffer((0, 0, 3), "uint8", "frame", 0)
+    tables = asdict(resample_tables(height, width, height, width))  # of any size of frame: shapes are the same
+    for name, table in tables.items():
+        r.buffers[name] = Buffer(table.shape, str(table.dtype), "table", 0)
+    return Launch((resize_call("frame", *tables, "pixels", height, width),))
 
 
 # ---- backbone and neck

@@ -18,7 +18,8 @@ ALIGN_BYTES = 256  # of every buffer; Triton may then use its widest loads
 class Buffer:
     """A contiguous array in the arena.
 
-    kind:   "weight", "input", "output" or "scratch"
+    kind:   "weight", "input", "output", "scratch"; "table", which a change of the frame's size rewrites; "frame",
+            of a shape not known here and not in the arena: each launch is told where it is
     recipe: of a weight, how it is made of the folded network's (see `pack.py`)
     """
 
@@ -64,6 +65,13 @@ class Launch:
     def num_warps(self) -> int:
         return max(call.num_warps for call in self.calls)
 
+    @classmethod
+    def from_dict(cls, entry: dict) -> "Launch":
+        calls = (
+            Call(**(call | {key: tuple(call[key]) for key in ("buffers", "constants")})) for call in entry["calls"]
+        )
+        return cls(tuple(calls))
+
 
 @dataclass(frozen=True)
 class Kernel:
@@ -77,17 +85,27 @@ class Kernel:
 
 @dataclass(frozen=True)
 class Plan:
-    """The launches of one network for one batch size; buffers by name."""
+    """The launches of one network for one batch size; buffers by name.
+
+    front: before them, once for each image: a frame of any size to that image of "pixels". It writes the first
+           image; for another one the address is moved. None of a part of a network.
+    """
 
     batch: int
     height: int
     width: int
     buffers: dict[str, Buffer]
     launches: tuple[Launch, ...]
+    front: Launch | None = None
 
     @property
     def arena_bytes(self) -> int:
         return max(buffer.offset_bytes + aligned(buffer.size_bytes) for buffer in self.buffers.values())
+
+    @property
+    def all_launches(self) -> tuple[Launch, ...]:
+        """The front, if there is one, and those of the network."""
+        return self.launches if self.front is None else (self.front, *self.launches)
 
     def kernel_key(self, launch: Launch) -> str:
         """Equal for launches that the same kernel does: everything that is known when it is compiled."""
@@ -106,16 +124,9 @@ class Plan:
             name: Buffer(**(buffer | {key: tuple(buffer[key]) for key in ("shape", "recipe")}))
             for name, buffer in entry["buffers"].items()
         }
-        launches = tuple(
-            Launch(
-                tuple(
-                    Call(**(c | {"buffers": tuple(c["buffers"]), "constants": tuple(c["constants"])}))
-                    for c in launch["calls"]
-                )
-            )
-            for launch in entry["launches"]
-        )
-        return cls(**(entry | {"buffers": buffers, "launches": launches}))
+        front = entry["front"] and Launch.from_dict(entry["front"])
+        launches = tuple(map(Launch.from_dict, entry["launches"]))
+        return cls(**(entry | {"buffers": buffers, "launches": launches, "front": front}))
 
 
 def aligned(size_bytes: int) -> int:

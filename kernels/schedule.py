@@ -6,6 +6,7 @@ from dataclasses import replace
 from .plan import Buffer, Call, Launch, Plan, aligned
 
 Sizes = dict[str, int]
+PER_IMAGE = ("input", "output", "scratch")  # kinds of buffers whose first axis is the batch
 
 
 def schedule(calls: Sequence[Call], written_before: set[str]) -> tuple[Launch, ...]:
@@ -59,7 +60,14 @@ def place(launches: Sequence[Launch], scratch: Sizes, kept: Sizes) -> dict[str, 
     return offsets
 
 
-def arrange(batch: int, height: int, width: int, buffers: dict[str, Buffer], launches: tuple[Launch, ...]) -> Plan:
+def arrange(
+    batch: int,
+    height: int,
+    width: int,
+    buffers: dict[str, Buffer],
+    launches: tuple[Launch, ...],
+    front: Launch | None = None,
+) -> Plan:
     """The plan with every buffer in its place."""
     sizes = {
         kind: {n: b.size_bytes for n, b in buffers.items() if (b.kind == "scratch") is kind}
@@ -67,17 +75,17 @@ def arrange(batch: int, height: int, width: int, buffers: dict[str, Buffer], lau
     }
     offsets = place(launches, sizes[True], sizes[False])
     placed = {name: replace(buffer, offset_bytes=offsets[name]) for name, buffer in buffers.items()}
-    return Plan(batch, height, width, placed, launches)
+    return Plan(batch, height, width, placed, launches, front)
 
 
 def for_batch(plan: Plan, batch: int) -> Plan:
     """The same network for another number of images; the kernels are the same too."""
     buffers = {
-        name: b if b.kind == "weight" else replace(b, shape=(batch, *b.shape[1:]))
+        name: replace(b, shape=(batch, *b.shape[1:])) if b.kind in PER_IMAGE else b
         for name, b in plan.buffers.items()
     }
     launches = tuple(
         Launch(tuple(replace(c, programs=c.programs // plan.batch * batch) for c in launch.calls))
         for launch in plan.launches
     )
-    return arrange(batch, plan.height, plan.width, buffers, launches)
+    return arrange(batch, plan.height, plan.width, buffers, launches, plan.front)

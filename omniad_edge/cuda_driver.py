@@ -4,6 +4,7 @@ import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import prod
 from typing import Any
 
 import numpy as np
@@ -50,6 +51,7 @@ MEANING = {
 # Of DLPack (dlpack.h): kinds of device that GPU copies may read, and NumPy's letters of its type codes.
 DLPACK_CUDA = (2, 13)  # memory of the device, managed memory
 DLPACK_KIND = {0: "i", 1: "u", 2: "f", 6: "b"}
+NOT_WAITING = -1  # as the stream in DLPack: only to look at the array, not at what is in it
 
 
 class Driver:
@@ -160,10 +162,18 @@ class DeviceArray:
     stream: int | None = None
 
 
+def is_on_gpu(value: Any) -> bool:
+    """Whether `device_array` gives an array for it."""
+    if hasattr(value, "__dlpack__") and value.__dlpack_device__()[0] in DLPACK_CUDA:
+        return True
+    return getattr(value, "__cuda_array_interface__", None) is not None
+
+
 def device_array(driver: Driver, value: Any, name: str, context: Context, stream: int) -> DeviceArray | None:
     """A value with DLPack on a CUDA device or with __cuda_array_interface__; None if it is neither.
 
-    stream: that will read it. Raises InputError, with the argument's `name`, if the array lies on another device.
+    stream: that will read it, or NOT_WAITING
+    Raises InputError, with the argument's `name`, if the array lies on another device.
     """
     # DLPack first: its producer makes our stream wait. PyTorch's __cuda_array_interface__ names no stream.
     if hasattr(value, "__dlpack__") and value.__dlpack_device__()[0] in DLPACK_CUDA:
@@ -184,6 +194,19 @@ def device_array(driver: Driver, value: Any, name: str, context: Context, stream
         driver.call("cuCtxSynchronize")
     pointer = interface["data"][0]
     return DeviceArray(pointer, shape, str(dtype), dense(shape, elements), value, interface.get("stream"))
+
+
+def wait_for(driver: Driver, array: DeviceArray, stream: Any, event: Any) -> None:
+    """Makes the stream wait until the array is written."""
+    if array.stream is not None:
+        driver.call("cuEventRecord", event, driver.api.CUstream(array.stream))
+        driver.call("cuStreamWaitEvent", stream, event, 0)
+
+
+def pinned_array(address: Any, shape: tuple[int, ...], dtype: str) -> np.ndarray:
+    """A view of memory of the driver's on the host, valid until that is freed."""
+    memory = (ctypes.c_uint8 * (prod(shape) * np.dtype(dtype).itemsize)).from_address(int(address))
+    return np.frombuffer(memory, dtype).reshape(shape)
 
 
 class DLTensor(ctypes.Structure):

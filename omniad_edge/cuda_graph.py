@@ -1,28 +1,37 @@
 """A plan's compiled kernels on an NVIDIA GPU: one arena, one CUDA graph. No torch, no Triton."""
 
-import ctypes
 import threading
 import weakref
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from time import perf_counter
 from typing import Any
 
 import numpy as np
 
-from .cuda_driver import Context, DeviceArray, Driver, device_architecture, device_array
+from .cuda_driver import (
+    NOT_WAITING,
+    Context,
+    DeviceArray,
+    Driver,
+    device_architecture,
+    device_array,
+    pinned_array,
+    wait_for,
+)
+from .cuda_kernel import LoadedKernel, load_kernels, parameters
+from .cuda_resize import CudaResize, check_device_frame
 from .errors import EngineError, InputError
-from .kernels.plan import Buffer, Kernel, Launch, Plan, aligned
+from .image import check_frame
+from .kernels.plan import Buffer, Kernel, Plan, aligned
 
 __all__ = ["CudaGraphPlan", "Kernel", "device_architecture"]
-
-SHARED_BYTES_UNASKED = 48 * 1024  # a kernel gets more only if it asks
-WARP = 32
 
 
 class CudaGraphPlan:
     """Runs a plan; every launch is in one CUDA graph. Safe to call from several threads: they take turns.
 
-    kernels: one per launch of the plan; the same one may repeat
+    kernels: one per launch of `plan.all_launches`; the same one may repeat
     weights: all "weight" buffers of the plan
     pdl:     programmatic dependent launch, from sm_90 on; the kernels must be compiled for it
     driver:  stands in for cuda.bindings.driver
@@ -38,15 +47,16 @@ class CudaGraphPlan:
         pdl: bool,
         driver: Any = None,
     ) -> None:
-        if len(kernels) != len(plan.launches):
-            raise InputError(f"kernels: expected {len(plan.launches)}, one for each launch; got {len(kernels)}")
+        if len(kernels) != len(plan.all_launches):
+            raise InputError(
+                f"kernels: expected {len(plan.all_launches)}, one for each launch; got {len(kernels)}"
+            )
         self.plan, self.pdl = plan, pdl
         self.arena_bytes = plan.arena_bytes  # memory taken on the GPU, besides the kernels' code
-        self.inputs, self.outputs = (
+        self.inputs, self.outputs, self.tables, expected = (
             {name: buffer for name, buffer in plan.buffers.items() if buffer.kind == kind}
-            for kind in ("input", "output")
+            for kind in ("input", "output", "table", "weight")
         )
-        expected = {name: buffer for name, buffer in plan.buffers.items() if buffer.kind == "weight"}
         check_names("weights", weights, expected)
         for name, value in weights.items():
             check(f"weight {name}", value.dtype, value.shape, value.flags.c_contiguous, expected[name])
@@ -64,7 +74,7 @@ class CudaGraphPlan:
 
     def prepare(self, owned: ExitStack, kernels: Sequence[Kernel], weights: Mapping[str, np.ndarray]) -> None:
         call, free, api = self.driver.call, self.driver.free, self.driver.api
-        functions = self.load(owned, kernels)
+        loaded = load_kernels(self.driver, self.context, kernels, owned)
         self.arena = call("cuMemAlloc", self.arena_bytes)
         owned.callback(free, "cuMemFree", self.arena)
         self.stream = call("cuStreamCreate", api.CUstream_flags.CU_STREAM_NON_BLOCKING)
@@ -74,88 +84,45 @@ class CudaGraphPlan:
             self.events.append(call("cuEventCreate", api.CUevent_flags.CU_EVENT_DEFAULT))
             owned.callback(free, "cuEventDestroy", self.events[-1])
         self.staging = self.pin(owned)
+        self.resize = None
+        if self.plan.front is not None:
+            addresses = {name: int(self.address(name)) for name in self.plan.buffers}
+            tables = {name: self.staging[name] for name in self.tables}
+            first, *loaded = loaded
+            self.resize = CudaResize(self.plan, first, addresses, tables, self.driver, self.stream, owned)
         owned.callback(free, "cuStreamSynchronize", self.stream)  # nothing is freed while it is being used
         call("cuMemsetD8Async", self.arena, 0, self.arena_bytes, self.stream)
         for name, value in weights.items():
             call("cuMemcpyHtoDAsync", self.address(name), value.ctypes.data, value.nbytes, self.stream)
-        self.launch(functions)  # loads what the driver loads late, which it may not do in a capture
+        self.launch(loaded)  # loads what the driver loads late, which it may not do in a capture
         call("cuStreamSynchronize", self.stream)
-        self.graph = self.capture(functions)
+        self.graph = self.capture(loaded)
         owned.callback(free, "cuGraphExecDestroy", self.graph)
         call("cuGraphUpload", self.graph, self.stream)
         call("cuStreamSynchronize", self.stream)
 
-    def load(self, owned: ExitStack, kernels: Sequence[Kernel]) -> list[tuple[Kernel, Any]]:
-        """Each kernel with its function in the driver; equal machine code is loaded once."""
-        call, api = self.driver.call, self.driver.api
-        most = self.driver.attribute(self.context.device, "MAX_SHARED_MEMORY_PER_BLOCK_OPTIN")
-        modules, functions = {}, {}
-        for kernel in dict.fromkeys(kernels):
-            if kernel.shared_bytes > most:
-                raise EngineError(
-                    f"kernel {kernel.name}: needs {kernel.shared_bytes} bytes of shared memory, this GPU has "
-                    f"{most}; export the bundle with this GPU's architecture in --targets"
-                )
-            if kernel.cubin not in modules:
-                modules[kernel.cubin] = call("cuModuleLoadData", kernel.cubin)
-                owned.callback(self.driver.free, "cuModuleUnload", modules[kernel.cubin])
-            function = call("cuModuleGetFunction", modules[kernel.cubin], kernel.name.encode())
-            if kernel.shared_bytes > SHARED_BYTES_UNASKED:
-                key = api.CUfunction_attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
-                call("cuFuncSetAttribute", function, key, kernel.shared_bytes)
-            functions[kernel] = function
-        return [(kernel, functions[kernel]) for kernel in kernels]
-
     def pin(self, owned: ExitStack) -> dict[str, np.ndarray]:
-        """An array in pinned host memory for each input and output: copies to and from it do not block."""
-        buffers = self.inputs | self.outputs
+        """An array in pinned host memory for each input, output and table: copies to and from it do not block."""
+        buffers = self.inputs | self.outputs | self.tables
         address = self.driver.call("cuMemHostAlloc", sum(aligned(b.size_bytes) for b in buffers.values()), 0)
         owned.callback(self.driver.free, "cuMemFreeHost", address)
         staging = {}
         for name, buffer in buffers.items():
-            memory = (ctypes.c_uint8 * buffer.size_bytes).from_address(int(address))
-            staging[name] = np.frombuffer(memory, buffer.dtype).reshape(buffer.shape)
+            staging[name] = pinned_array(address, buffer.shape, buffer.dtype)
             address = int(address) + aligned(buffer.size_bytes)
         return staging
 
-    def launch(self, functions: Sequence[tuple[Kernel, Any]]) -> None:
-        api = self.driver.api
-        for launch, (kernel, function) in zip(self.plan.launches, functions, strict=True):
-            config = api.CUlaunchConfig()
-            config.gridDimX, config.gridDimY, config.gridDimZ = launch.programs, 1, 1
-            config.blockDimX, config.blockDimY, config.blockDimZ = WARP * kernel.num_warps, 1, 1
-            config.sharedMemBytes, config.hStream = kernel.shared_bytes, self.stream
-            if self.pdl:
-                early = api.CUlaunchAttribute()
-                early.id = api.CUlaunchAttributeID.CU_LAUNCH_ATTRIBUTE_PROGRAMMATIC_STREAM_SERIALIZATION
-                value = api.CUlaunchAttributeValue()
-                value.programmaticStreamSerializationAllowed = 1
-                early.value = value
-                config.attrs, config.numAttrs = [early], 1
-            values = self.parameters(launch)
-            start = ctypes.addressof(values)
-            places = (ctypes.c_void_p * len(values))(*(start + 8 * index for index in range(len(values))))
-            self.driver.call("cuLaunchKernelEx", config, function, ctypes.addressof(places), 0)
+    def launch(self, loaded: Sequence[LoadedKernel]) -> None:
+        for launch, kernel in zip(self.plan.launches, loaded, strict=True):
+            values = parameters(launch, lambda name: int(self.address(name)))
+            kernel.launch(self.stream, launch.programs, values, self.pdl)
 
-    def parameters(self, launch: Launch) -> ctypes.Array:
-        """The values that `kernels.jit.step` is compiled to take, 8 bytes each; of a number the first 4 count.
-
-        Of one call its buffers; of two, those of the first, how many programs it has, those of the second. Behind
-        them Triton appends two pointers to scratch memory, which these kernels do not have.
-        """
-        values = []
-        for index, call in enumerate(launch.calls):
-            values += [launch.calls[0].programs] if index else []
-            values += [int(self.address(name)) for name in call.buffers if name is not None]
-        values += [0, 0]
-        return (ctypes.c_uint64 * len(values))(*values)
-
-    def capture(self, functions: Sequence[tuple[Kernel, Any]]) -> Any:
+    def capture(self, loaded: Sequence[LoadedKernel]) -> Any:
         """All launches as one executable graph."""
         call, api = self.driver.call, self.driver.api
         call("cuStreamBeginCapture", self.stream, api.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL)
         try:
-            self.launch(functions)
+            self.launch(loaded)
         except BaseException:
             _, graph = api.cuStreamEndCapture(self.stream)
             if graph is not None and int(graph):
@@ -178,21 +145,64 @@ class CudaGraphPlan:
             DLPack or __cuda_array_interface__ (it is copied there, and is free again after the call)
         Raises InputError if an input is not that, EngineError if the GPU fails.
         """
-        with self.lock:
-            self.check_open()
+        with self.turn():
             check_names("inputs", inputs, self.inputs)
-            with self.context.entered():
-                call = self.driver.call
-                sources = {name: self.source(name, value) for name, value in inputs.items()}
-                for name, source in sources.items():
-                    self.put(name, source)
-                call("cuGraphLaunch", self.graph, self.stream)
-                for name, buffer in self.outputs.items():
-                    host = self.staging[name].ctypes.data
-                    call("cuMemcpyDtoHAsync", host, self.address(name), buffer.size_bytes, self.stream)
-                call("cuStreamSynchronize", self.stream)
-                del sources  # of the GPU's arrays, only now is everything read
-            return {name: self.staging[name].copy() for name in self.outputs}
+            sources = {name: self.source(name, value) for name, value in inputs.items()}
+            for name, source in sources.items():
+                self.put(name, source)
+            outputs = self.replay()
+            del sources  # of the GPU's arrays, only now is everything read
+        return outputs
+
+    def run_frames(self, frames: Sequence[Any]) -> tuple[dict[str, np.ndarray], list[float]]:
+        """As many frames as the batch has images -> every output; milliseconds until each frame was on its way.
+
+        frames: uint8 BGR (rows, columns, 3) of any size: a NumPy array, or a contiguous array on this plan's GPU,
+            which is read where it lies and is free again after the call
+        Raises InputError if a frame is not that, EngineError if the GPU fails.
+        """
+        if self.resize is None or len(frames) != self.plan.batch:
+            expected = "none, the plan has no front" if self.resize is None else self.plan.batch
+            raise InputError(f"frames: expected {expected}; got {len(frames)}")
+        with self.turn():
+            sources, prepare_ms = [self.frame(frame, int(self.stream)) for frame in frames], []
+            try:
+                for index, source in enumerate(sources):
+                    start = perf_counter()
+                    if isinstance(source, DeviceArray):
+                        wait_for(self.driver, source, self.stream, self.events[0])
+                    self.resize.put(index, source)
+                    prepare_ms.append(1e3 * (perf_counter() - start))
+            except BaseException:
+                self.driver.free("cuStreamSynchronize", self.stream)  # frames before this one are being read
+                raise
+            outputs = self.replay()
+            del sources
+        return outputs, prepare_ms
+
+    def frame_size(self, frame: Any) -> tuple[int, int]:
+        """Rows and columns of what `run_frames` takes. Raises InputError for anything else."""
+        with self.turn():
+            return self.frame(frame, NOT_WAITING).shape[:2]
+
+    def frame(self, value: Any, stream: int) -> np.ndarray | DeviceArray:
+        """The frame to read, checked; stream: as in `device_array`."""
+        array = device_array(self.driver, value, "frame", self.context, stream)
+        if array is None:
+            check_frame(value)
+            return value
+        check_device_frame(array)
+        return array
+
+    def replay(self) -> dict[str, np.ndarray]:
+        """The graph on the inputs that are on the GPU or on their way."""
+        call = self.driver.call
+        call("cuGraphLaunch", self.graph, self.stream)
+        for name, buffer in self.outputs.items():
+            host = self.staging[name].ctypes.data
+            call("cuMemcpyDtoHAsync", host, self.address(name), buffer.size_bytes, self.stream)
+        call("cuStreamSynchronize", self.stream)
+        return {name: self.staging[name].copy() for name in self.outputs}
 
     def source(self, name: str, value: Any) -> np.ndarray | DeviceArray:
         """The array to copy from, checked."""
@@ -212,9 +222,7 @@ class CudaGraphPlan:
             np.copyto(self.staging[name], source)
             call("cuMemcpyHtoDAsync", self.address(name), self.staging[name].ctypes.data, size, self.stream)
             return
-        if source.stream is not None:
-            call("cuEventRecord", self.events[0], api.CUstream(source.stream))
-            call("cuStreamWaitEvent", self.stream, self.events[0], 0)
+        wait_for(self.driver, source, self.stream, self.events[0])
         call("cuMemcpyDtoDAsync", self.address(name), api.CUdeviceptr(source.address), size, self.stream)
 
     def time_ms(self, repeats: int) -> float:
@@ -224,20 +232,23 @@ class CudaGraphPlan:
         """
         if type(repeats) is not int or repeats < 1:
             raise InputError(f"repeats: expected a whole number from 1 on, got {repeats!r}")
-        with self.lock:
-            self.check_open()
-            with self.context.entered():
-                call, (start, end) = self.driver.call, self.events
-                call("cuEventRecord", start, self.stream)
-                for _ in range(repeats):
-                    call("cuGraphLaunch", self.graph, self.stream)
-                call("cuEventRecord", end, self.stream)
-                call("cuEventSynchronize", end)
-                return call("cuEventElapsedTime", start, end) / repeats
+        with self.turn():
+            call, (start, end) = self.driver.call, self.events
+            call("cuEventRecord", start, self.stream)
+            for _ in range(repeats):
+                call("cuGraphLaunch", self.graph, self.stream)
+            call("cuEventRecord", end, self.stream)
+            call("cuEventSynchronize", end)
+            return call("cuEventElapsedTime", start, end) / repeats
 
-    def check_open(self) -> None:
-        if not self.finalizer.alive:
-            raise EngineError("this CudaGraphPlan was closed; make a new one")
+    @contextmanager
+    def turn(self) -> Iterator[None]:
+        """One thread at a time, with the context current. Raises EngineError if this was closed."""
+        with self.lock:
+            if not self.finalizer.alive:
+                raise EngineError("this CudaGraphPlan was closed; make a new one")
+            with self.context.entered():
+                yield
 
     def close(self) -> None:
         """Frees all memory and handles; also done when the object is dropped. May be called twice."""

@@ -9,8 +9,7 @@ import numpy as np
 from .bundle import read_bundle
 from .engine import open_engine
 from .errors import InputError
-from .image import check_frame
-from .preprocess import resize
+from .image import FrameArray
 from .result import Result, decide
 
 BATCH = 8  # frames per engine call when a list is given
@@ -20,8 +19,8 @@ class Detector:
     """Gives verdicts on frames with the engine and the thresholds of a bundle.
 
     bundle:    path of a `.omniad` file
-    backend:   "onnxruntime", "openvino" or "auto"; `reason` says why auto chose what it did
-    precision: "fp32", "bf16" (OpenVINO, only if the bundle passed the parity gate in it) or "auto"
+    backend:   "fused" (an NVIDIA GPU), "onnxruntime", "openvino" or "auto"; `reason` says why auto chose it
+    precision: "fp16" (fused), "fp32", "bf16" (OpenVINO, only if the bundle passed the gate in it) or "auto"
     threads:   CPU threads of the engine; None leaves it to the backend
 
     The first, slow call of the engine is made here. Calls are thread-safe. Raises BundleError for a missing,
@@ -59,11 +58,13 @@ class Detector:
         return self.engine.reason
 
     def __call__(
-        self, frames: np.ndarray | Sequence[np.ndarray], product: str | None = None
+        self, frames: FrameArray | Sequence[FrameArray], product: str | None = None
     ) -> Result | list[Result]:
         """Inspect one frame, or a list of frames of one product.
 
-        frames:  (H, W, 3) uint8 BGR of any size, as OpenCV gives it; a list gives a list of results
+        frames:  (H, W, 3) uint8 BGR of any size, as OpenCV gives it; a list gives a list of results. With the
+                 fused backend also an array on its GPU, C-contiguous, of any library that has DLPack or
+                 __cuda_array_interface__ (PyTorch, CuPy, PyCUDA): read where it lies
         product: whose threshold applies. None: the only product of the bundle, or of several the one with the
                  lowest threshold, so that no defect passes because the product was not named; the result's
                  `product` names it and `product_assumed` is True.
@@ -71,31 +72,25 @@ class Detector:
         """
         single = isinstance(frames, np.ndarray) or not isinstance(frames, Sequence)
         batch = [frames] if single else list(frames)
-        for frame in batch:
-            check_frame(frame)
+        sizes = [self.engine.frame_size(frame) for frame in batch]
         assumed = product is None
         product = self.strictest_product() if assumed else self.known_product(product)
         results = []
         for start in range(0, len(batch), BATCH):
-            results += self.inspect(batch[start : start + BATCH], product, assumed)
+            some = slice(start, start + BATCH)
+            results += self.inspect(batch[some], sizes[some], product, assumed)
         return results[0] if single else results
 
-    def inspect(self, frames: list[np.ndarray], product: str, assumed: bool) -> list[Result]:
-        pixels = np.empty((len(frames), self.height, self.width, 3), np.uint8)
-        preprocess_ms = []
-        for index, frame in enumerate(frames):
-            start = perf_counter()
-            pixels[index] = resize(frame, self.height, self.width)
-            preprocess_ms.append(1e3 * (perf_counter() - start))
+    def inspect(
+        self, frames: list[FrameArray], sizes: list[tuple[int, int]], product: str, assumed: bool
+    ) -> list[Result]:
         start = perf_counter()
-        anomaly_maps, pred_scores = self.engine.run(pixels)
-        engine_ms = 1e3 * (perf_counter() - start) / len(frames)
+        anomaly_maps, pred_scores, preprocess_ms = self.engine.run_frames(frames)
+        engine_ms = (1e3 * (perf_counter() - start) - sum(preprocess_ms)) / len(frames)
         results = []
-        for index, frame in enumerate(frames):
+        for index, size in enumerate(sizes):
             start = perf_counter()
-            decision = decide(
-                anomaly_maps[index], pred_scores[index], self.calibrations[product], *frame.shape[:2]
-            )
+            decision = decide(anomaly_maps[index], pred_scores[index], self.calibrations[product], *size)
             postprocess_ms = 1e3 * (perf_counter() - start)
             speed_ms = {
                 "preprocess": preprocess_ms[index],

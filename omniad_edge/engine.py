@@ -1,6 +1,9 @@
 """Engines: a bundle's graph in, `run(pixels) -> anomaly_map, pred_score` out. Vendor errors end here."""
 
 import threading
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from time import perf_counter
 from typing import Protocol
 
 import numpy as np
@@ -8,6 +11,8 @@ import numpy as np
 from . import fused
 from .bundle import Bundle
 from .errors import EngineError, InputError, MissingDependencyError
+from .image import FrameArray, check_frame
+from .preprocess import resize
 
 BACKENDS = ("fused", "onnxruntime", "openvino")
 PRECISIONS = ("fp16", "fp32", "bf16")
@@ -28,8 +33,41 @@ class Engine(Protocol):
     def run(self, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """pixels (N, H, W, 3) uint8 RGB -> anomaly_map (N, H, W) and pred_score (N,), float32."""
 
+    def frame_size(self, frame: FrameArray) -> tuple[int, int]:
+        """Rows and columns of a frame that this engine takes. Raises InputError for anything else."""
 
-class OnnxRuntimeEngine:
+    def run_frames(self, frames: Sequence[FrameArray]) -> tuple[np.ndarray, np.ndarray, list[float]]:
+        """Frames (rows, columns, 3) uint8 BGR, each of any size -> what `run` gives of them resized.
+
+        And how many milliseconds the host took to prepare each. Raises InputError as `frame_size` does.
+        """
+
+
+class CpuEngine(ABC):
+    """Takes frames of NumPy and resizes them on the CPU."""
+
+    @property
+    @abstractmethod
+    def input_size(self) -> tuple[int, int]:
+        """Height and width of the network's input."""
+
+    @abstractmethod
+    def run(self, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]: ...
+
+    def frame_size(self, frame: FrameArray) -> tuple[int, int]:
+        check_frame(frame)
+        return frame.shape[:2]
+
+    def run_frames(self, frames: Sequence[FrameArray]) -> tuple[np.ndarray, np.ndarray, list[float]]:
+        pixels, preprocess_ms = np.empty((len(frames), *self.input_size, 3), np.uint8), []
+        for index, frame in enumerate(frames):
+            start = perf_counter()
+            pixels[index] = resize(frame, *self.input_size)
+            preprocess_ms.append(1e3 * (perf_counter() - start))
+        return *self.run(pixels), preprocess_ms
+
+
+class OnnxRuntimeEngine(CpuEngine):
     """ONNX Runtime on the CPU, in fp32 whatever precision the weights are stored in."""
 
     backend = "onnxruntime"
@@ -48,6 +86,11 @@ class OnnxRuntimeEngine:
         except Exception as exc:  # its exceptions share no base class
             raise EngineError(f"ONNX Runtime {onnxruntime.__version__} cannot load the model: {exc}") from exc
 
+    @property
+    def input_size(self) -> tuple[int, int]:
+        _, height, width, _ = self.session.get_inputs()[0].shape
+        return height, width
+
     def run(self, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         try:
             return tuple(self.session.run(["anomaly_map", "pred_score"], {"pixels": pixels}))
@@ -55,7 +98,7 @@ class OnnxRuntimeEngine:
             raise EngineError(f"ONNX Runtime failed on pixels {pixels.shape}: {exc}") from exc
 
 
-class OpenVinoEngine:
+class OpenVinoEngine(CpuEngine):
     """OpenVINO on the CPU. It would compute in bf16 unasked where a CPU has it; here precision is explicit.
 
     In bf16 the tail from the distance maps on is a model of its own in fp32: in bf16 the scores are off by five
@@ -91,6 +134,11 @@ class OpenVinoEngine:
         except Exception as exc:
             raise EngineError(f"OpenVINO {openvino.__version__} cannot load the model: {exc}") from exc
         self.requests = threading.local()
+
+    @property
+    def input_size(self) -> tuple[int, int]:
+        _, height, width, _ = self.compiled[0].inputs[0].shape
+        return height, width
 
     def run(self, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         try:

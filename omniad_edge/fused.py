@@ -3,12 +3,15 @@
 import io
 import json
 import threading
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 
 import numpy as np
 
 from .bundle import WEIGHTS, Bundle
 from .cuda_graph import CudaGraphPlan, device_architecture
 from .errors import BundleError, EngineError
+from .image import FrameArray
 from .kernels.pack import pack
 from .kernels.plan import Kernel, Plan
 from .kernels.schedule import for_batch
@@ -39,7 +42,8 @@ class FusedEngine:
         try:
             self.plan = Plan.from_dict(json.loads(bundle.parts[PLAN]))
             self.weights = pack(self.plan, read_weights(bundle.parts[WEIGHTS]))
-            self.kernels = read_kernels(bundle, arch)
+            kernels = read_kernels(bundle, arch)
+            self.kernels = [kernels[self.plan.kernel_key(launch)] for launch in self.plan.all_launches]
         except (KeyError, TypeError, ValueError, AttributeError) as exc:
             raise BundleError(f"{PLAN} or a kernel is not as omniad-export writes it: {exc!r}") from exc
         self.pdl = arch >= PDL_FROM
@@ -48,28 +52,38 @@ class FusedEngine:
         self.self_test(bundle)
 
     def run(self, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        outputs, start = [], 0
-        while start < len(pixels):
-            batch = next(size for size in BATCHES if size <= len(pixels) - start)
-            made = self.graph(batch).run({"pixels": pixels[start : start + batch]})
-            outputs.append((made["anomaly_map"], made["peaks"].max(1)))
+        return joined([graph.run({"pixels": images}) for graph, images in self.batches(pixels)])
+
+    def frame_size(self, frame: FrameArray) -> tuple[int, int]:
+        return self.graph(1).frame_size(frame)
+
+    def run_frames(self, frames: Sequence[FrameArray]) -> tuple[np.ndarray, np.ndarray, list[float]]:
+        """Resized on the GPU. A frame may lie there: with DLPack or __cuda_array_interface__, C-contiguous."""
+        made = [graph.run_frames(some) for graph, some in self.batches(frames)]
+        outputs, preprocess_ms = zip(*made, strict=True)
+        return *joined(outputs), list(chain(*preprocess_ms))
+
+    def batches(self, images: Sequence) -> Iterator[tuple[CudaGraphPlan, Sequence]]:
+        """Each graph to run, with as many of the images as it takes."""
+        start = 0
+        while start < len(images):
+            batch = next(size for size in BATCHES if size <= len(images) - start)
+            yield self.graph(batch), images[start : start + batch]
             start += batch
-        anomaly_map, pred_score = (np.concatenate(of_all) for of_all in zip(*outputs, strict=True))
-        return anomaly_map, pred_score
 
     def graph(self, batch: int) -> CudaGraphPlan:
         with self.lock:
             if batch not in self.graphs:
-                plan = for_batch(self.plan, batch)
-                kernels = [self.kernels[plan.kernel_key(launch)] for launch in plan.launches]
-                self.graphs[batch] = CudaGraphPlan(plan, kernels, self.weights, self.pdl)
+                self.graphs[batch] = CudaGraphPlan(
+                    for_batch(self.plan, batch), self.kernels, self.weights, self.pdl
+                )
             return self.graphs[batch]
 
     def self_test(self, bundle: Bundle) -> None:
         with np.load(io.BytesIO(bundle.parts[SELF_TEST]), allow_pickle=False) as test:
             images = list(zip(test["pixels"], test["anomaly_map"], strict=True))
         for pixels, truth in images:
-            anomaly_map, _ = self.run(pixels[None])
+            anomaly_map, _, _ = self.run_frames([pixels[..., ::-1]])  # resizing to the same size is a copy
             error = float(np.abs(anomaly_map[0] - truth).max())
             if not error <= MAX_MAP_ERROR:
                 raise EngineError(
@@ -88,6 +102,12 @@ def objection(bundle: Bundle, arch: int | None) -> str:
         has = sorted(name[6:-4] for name in bundle.parts if name.endswith(".bin"))
         return f"the bundle has kernels for {', '.join(has)}; export it with --targets sm_{arch} too"
     return ""
+
+
+def joined(outputs: Sequence[Mapping[str, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
+    """anomaly_map and pred_score of all batches."""
+    anomaly_map = np.concatenate([made["anomaly_map"] for made in outputs])
+    return anomaly_map, np.concatenate([made["peaks"].max(1) for made in outputs])
 
 
 def read_kernels(bundle: Bundle, arch: int) -> dict[str, Kernel]:

@@ -8,12 +8,17 @@ import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+from .cuda_driver import is_on_gpu
 from .errors import InputError
+
+# (rows, columns, 3) uint8 BGR: a NumPy array or, for the fused backend, also an array on the GPU.
+FrameArray = Any
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
 
@@ -62,7 +67,7 @@ def read_mask(path: str | Path, height: int, width: int) -> np.ndarray:
 
 
 def check_frame(frame: object) -> None:
-    """Raise InputError unless `frame` is a uint8 array (H, W, 3), H and W at least 1 (BGR, by agreement)."""
+    """Raise InputError unless `frame` is a uint8 NumPy array (H, W, 3), H and W at least 1 (BGR, by agreement)."""
     if not isinstance(frame, np.ndarray):
         came, advice = type(frame).__name__, _advice_type(frame)
     elif frame.dtype == np.uint8 and frame.ndim == 3 and frame.shape[2] == 3 and frame.size:
@@ -151,6 +156,8 @@ def _advice_type(frame: object) -> str:
         return "pass read_image(path)"
     if isinstance(frame, Image.Image):
         return 'pass np.asarray(image.convert("RGB"))[..., ::-1]'
+    if is_on_gpu(frame):
+        return "only backend='fused' takes frames on the GPU; pass frame.cpu().numpy(), or frame.get() of CuPy"
     return "pass one frame as a NumPy array, as cv2.imread and cv2.VideoCapture give it"
 
 

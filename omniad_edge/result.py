@@ -42,7 +42,8 @@ class Result:
     anomaly_map:  (H, W) float32 at the network's input size, >= 0
     pred_mask:    (H, W) bool, anomaly_map > threshold
     regions:      connected areas of the mask in frame pixels, highest peak first, at most 100
-    speed_ms:     milliseconds: preprocess, engine (its share of the batch), postprocess, total
+    speed_ms:     milliseconds: preprocess, engine (its share of the batch), postprocess, total; with the fused
+                  backend preprocess is to hand the frame to the GPU, where engine includes resizing it
     backend, precision: what computed it
     """
 

@@ -11,8 +11,12 @@ import json
 import threading
 from enum import IntEnum
 from types import SimpleNamespace
+from typing import Any
 
-from omniad_edge.cuda_driver import MEANING, STICKY
+import numpy as np
+
+from omniad_edge.cuda_driver import MEANING, STICKY, DLTensor
+from omniad_edge.kernels.resize_tables import MAX_TAPS, Tables, resize_reference
 
 WITH_VALUE = (
     *("cuCtxGetCurrent", "cuCtxGetDevice", "cuCtxPopCurrent", "cuDeviceGet", "cuDeviceGetAttribute"),
@@ -21,8 +25,11 @@ WITH_VALUE = (
 )
 
 
-def cubin(parameters: str, action: str, size: int = 0) -> bytes:
-    """parameters: p for a pointer, i for int32; action: "copy" of `size` bytes, first pointer to second."""
+def cubin(parameters: str, action: str, size: Any = 0) -> bytes:
+    """parameters: p for a pointer, i for int32; action: "copy" of `size` bytes, first pointer to second; "resize".
+
+    Of "resize", which does what the kernel does with the parameters of the kernel, `size` is height and width.
+    """
     return json.dumps({"entry": "step", "parameters": parameters, "action": action, "size": size}).encode()
 
 
@@ -235,10 +242,10 @@ class FakeCuda:
 
     # Streams and events
 
-    def drain(self, stream: int, until: int = -1) -> None:
-        """Does what is queued, up to the event `until` if it is there."""
+    def drain(self, stream: int, until: SimpleNamespace | None = None) -> None:
+        """Does what is queued, up to the recorded event `until`."""
         queue = self.queues[stream]
-        while queue and self.events.get(until) != "done":
+        while queue and not (until and until.done):
             queue.pop(0)()
 
     @driver_call()
@@ -266,21 +273,22 @@ class FakeCuda:
 
     @driver_call()
     def cuEventRecord(self, event, stream):
-        self.events[int(event)] = int(stream)
-        self.queues[int(stream)].append(lambda: self.events.update({int(event): "done"}))
+        recorded = self.events[int(event)] = SimpleNamespace(stream=int(stream), done=False)
+        self.queues[int(stream)].append(lambda: vars(recorded).update(done=True))
 
     @driver_call()
     def cuStreamWaitEvent(self, stream, event, flags):
-        other = self.events[int(event)]
-        self.queues[int(stream)].append(lambda: self.drain(other, int(event)))
+        recorded = self.events[int(event)]
+        self.queues[int(stream)].append(lambda: self.drain(recorded.stream, recorded))
 
     @driver_call()
     def cuEventSynchronize(self, event):
-        self.drain(self.events[int(event)], int(event))
+        if recorded := self.events.get(int(event)):  # else there is nothing to wait for
+            self.drain(recorded.stream, recorded)
 
     @driver_call()
     def cuEventElapsedTime(self, start, end):
-        assert self.events[int(start)] == self.events[int(end)] == "done"
+        assert self.events[int(start)].done and self.events[int(end)].done
         return 12.0
 
     # Kernels and graphs
@@ -333,6 +341,24 @@ class FakeCuda:
             source, target = launch.values[:2]
             assert self.inside(source, launch.code["size"]) and self.inside(target, launch.code["size"])
             ctypes.memmove(target, source, launch.code["size"])
+        if launch.code["action"] == "resize":
+            self.resize(*launch.code["size"], *launch.values[:7])
+
+    def array(self, address: int, dtype: type, *shape: int) -> np.ndarray:
+        size = int(np.prod(shape)) * np.dtype(dtype).itemsize
+        assert self.inside(address, size)
+        return np.frombuffer((ctypes.c_uint8 * size).from_address(address), dtype).reshape(shape)
+
+    def resize(self, height, width, frame, geometry, row_start, row_weight, column_start, column_weight, pixels):
+        tables = Tables(
+            self.array(geometry, np.int32, 4),
+            self.array(row_start, np.int32, height),
+            self.array(row_weight, np.float32, height, MAX_TAPS),
+            self.array(column_start, np.int32, width),
+            self.array(column_weight, np.float32, width, MAX_TAPS),
+        )
+        made = resize_reference(self.array(frame, np.uint8, *tables.geometry[:2], 3), tables)
+        self.array(pixels, np.uint8, height, width, 3)[:] = np.floor(made + 0.5)
 
     @driver_call()
     def cuStreamBeginCapture(self, stream, mode):
@@ -369,3 +395,54 @@ class FakeCuda:
     def cuGraphLaunch(self, graph, stream):
         self.replays += 1
         self.queues[int(stream)].extend(self.graphs[int(graph)])
+
+
+class OnGpu:
+    """An array of another library, in device memory of the stand-in, with __cuda_array_interface__."""
+
+    def __init__(self, cuda: FakeCuda, value: np.ndarray, **changes) -> None:
+        self.address = cuda.allocate(value.nbytes, "foreign")
+        del cuda.alive[self.address]
+        ctypes.memmove(self.address, np.ascontiguousarray(value).ctypes.data, value.nbytes)
+        self.__cuda_array_interface__ = {
+            "shape": value.shape,
+            "typestr": value.dtype.str,
+            "data": (self.address, False),
+            "version": 3,
+            "stream": None,
+        } | changes
+
+
+class OverDlpack:
+    """The same, with DLPack; `stream` is what the consumer gave, `dropped` whether it gave the tensor back."""
+
+    def __init__(self, cuda: FakeCuda, value: np.ndarray, code: int = 1, device: int = 0, strides=None) -> None:
+        self.stream, self.dropped, self.device = None, False, device
+        self.memory = OnGpu(cuda, value)
+        self.shape = (ctypes.c_int64 * value.ndim)(*value.shape)
+        self.strides = strides and (ctypes.c_int64 * value.ndim)(*strides)
+        self.tensor = DLTensor(self.memory.address - 4, 2, device, value.ndim, code, 8 * value.itemsize, 1)
+        self.tensor.shape, self.tensor.byte_offset = self.shape, 4
+        if strides:
+            self.tensor.strides = self.strides
+
+        @ctypes.CFUNCTYPE(None, ctypes.c_void_p)
+        def dropped(_):
+            self.dropped = True
+
+        self.destructor = dropped
+
+    def __dlpack_device__(self) -> tuple[int, int]:
+        return 2, self.device
+
+    def __dlpack__(self, stream):
+        self.stream = stream
+        new = ctypes.pythonapi.PyCapsule_New
+        new.restype, new.argtypes = ctypes.py_object, (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
+        return new(ctypes.addressof(self.tensor), b"dltensor", ctypes.cast(self.destructor, ctypes.c_void_p))
+
+
+def check_all_freed(cuda: FakeCuda) -> None:
+    assert cuda.alive == {}
+    assert cuda.primary_references == 0
+    assert cuda.stack() == []

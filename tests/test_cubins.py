@@ -25,7 +25,8 @@ from omniad_edge.model import ModelConfig, OmniAD
 arch = int(sys.argv[1])
 plan = build_plan(fold(OmniAD(ModelConfig())), batch=1)
 kernels = dict(compile_plan(plan, arch))
-assert set(kernels) == {plan.kernel_key(launch) for launch in plan.launches}
+assert set(kernels) == {plan.kernel_key(launch) for launch in plan.all_launches}
+assert plan.front.calls[0].op == "resize.resize" and plan.front not in plan.launches
 rows = [[k.name, len(k.cubin), k.shared_bytes, k.num_warps, k.cubin[:4].hex()] for k in kernels.values()]
 print(json.dumps(rows))
 """

@@ -11,11 +11,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from fake_cuda import FakeCuda, cubin
+from fake_cuda import FakeCuda, OnGpu, OverDlpack, check_all_freed, cubin
 
-from omniad_edge import cuda_driver, cuda_graph
-from omniad_edge.cuda_driver import MEANING, STICKY, DLTensor, dense
+from omniad_edge import cuda_driver, cuda_graph, cuda_kernel, cuda_resize
+from omniad_edge.cuda_driver import MEANING, STICKY, dense
 from omniad_edge.cuda_graph import CudaGraphPlan, device_architecture
+from omniad_edge.cuda_kernel import parameters
 from omniad_edge.errors import EngineError, InputError, MissingDependencyError
 from omniad_edge.kernels.plan import Buffer, Call, Kernel, Launch, Plan
 
@@ -60,57 +61,6 @@ def graph(cuda):
         yield plan
 
 
-def check_all_freed(cuda: FakeCuda) -> None:
-    assert cuda.alive == {}
-    assert cuda.primary_references == 0
-    assert cuda.stack() == []
-
-
-class OnGpu:
-    """An array of another library, in device memory of the stand-in, with __cuda_array_interface__."""
-
-    def __init__(self, cuda: FakeCuda, value: np.ndarray, **changes) -> None:
-        self.address = cuda.allocate(value.nbytes, "foreign")
-        del cuda.alive[self.address]
-        ctypes.memmove(self.address, np.ascontiguousarray(value).ctypes.data, value.nbytes)
-        self.__cuda_array_interface__ = {
-            "shape": value.shape,
-            "typestr": value.dtype.str,
-            "data": (self.address, False),
-            "version": 3,
-            "stream": None,
-        } | changes
-
-
-class OverDlpack:
-    """The same, with DLPack; `stream` is what the consumer gave, `dropped` whether it gave the tensor back."""
-
-    def __init__(self, cuda: FakeCuda, value: np.ndarray, code: int = 1, device: int = 0, strides=None) -> None:
-        self.stream, self.dropped, self.device = None, False, device
-        self.memory = OnGpu(cuda, value)
-        self.shape = (ctypes.c_int64 * value.ndim)(*value.shape)
-        self.strides = strides and (ctypes.c_int64 * value.ndim)(*strides)
-        self.tensor = DLTensor(self.memory.address - 4, 2, device, value.ndim, code, 8 * value.itemsize, 1)
-        self.tensor.shape, self.tensor.byte_offset = self.shape, 4
-        if strides:
-            self.tensor.strides = self.strides
-
-        @ctypes.CFUNCTYPE(None, ctypes.c_void_p)
-        def dropped(_):
-            self.dropped = True
-
-        self.destructor = dropped
-
-    def __dlpack_device__(self) -> tuple[int, int]:
-        return 2, self.device
-
-    def __dlpack__(self, stream):
-        self.stream = stream
-        new = ctypes.pythonapi.PyCapsule_New
-        new.restype, new.argtypes = ctypes.py_object, (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
-        return new(ctypes.addressof(self.tensor), b"dltensor", ctypes.cast(self.destructor, ctypes.c_void_p))
-
-
 # What is launched
 
 
@@ -137,15 +87,15 @@ def test_programmatic_dependent_launch(cuda, pdl):
     assert [launch.attributes for launch in cuda.launches] == [[wanted] if pdl else []] * 3
 
 
-def test_parameters_are_those_of_step(graph):
+def test_parameters_are_those_of_step():
     """`n_first`, a constant for one call, lies between the pointers of two."""
     pytest.importorskip("triton")
     from omniad_edge.kernels.jit import step
 
     names = ["first", "first_arguments", "n_first", "second", "second_arguments", "PDL"]
     assert list(inspect.signature(step.fn).parameters) == names
-    assert len(graph.parameters(PLAN.launches[0])) == 5
-    assert list(graph.parameters(PLAN.launches[1]))[2] == 3
+    assert len(parameters(PLAN.launches[0], lambda name: 0)) == 5
+    assert parameters(PLAN.launches[1], lambda name: 0)[2] == 3
 
 
 def test_construction_and_run_call_the_driver_as_planned(cuda, graph):
@@ -515,7 +465,8 @@ def test_no_architecture_without_a_device(cuda, name):
 
 def test_every_name_used_is_in_cuda_bindings():
     driver = pytest.importorskip("cuda.bindings.driver")
-    source = "".join(Path(module.__file__).read_text() for module in (cuda_driver, cuda_graph))
+    modules = cuda_driver, cuda_graph, cuda_kernel, cuda_resize
+    source = "".join(Path(module.__file__).read_text() for module in modules)
     assert set(re.findall(r"\bcu[A-Z]\w+", source)) <= set(dir(driver))
     for path in re.findall(r"\bapi\.(CU[\w.]+)", source):
         value = driver

@@ -11,10 +11,12 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from fake_cuda import FakeCuda, OnGpu, OverDlpack
 
 from omniad_edge import Detector, Result
 from omniad_edge import detector as detector_module
 from omniad_edge.bundle import read_bundle, set_thresholds, write_bundle
+from omniad_edge.engine import CpuEngine
 from omniad_edge.errors import BundleError, EngineError, InputError
 from omniad_edge.preprocess import resize
 
@@ -167,14 +169,30 @@ def test_a_bad_frame_is_refused_in_words(detector, frames, frame, came):
         detector([frames[0], frame])
 
 
+@pytest.mark.parametrize("make", [OnGpu, OverDlpack])
+def test_a_frame_on_the_gpu_is_for_the_fused_backend(each, frames, make):
+    array = make(FakeCuda(), frames[0])
+    message = rf"got {make.__name__}: only backend='fused' takes frames on the GPU; pass frame.cpu\(\).numpy\(\)"
+    with pytest.raises(InputError, match=message):
+        each(array)
+    with pytest.raises(InputError, match=message):
+        each([frames[0], array])
+
+
+def test_a_tensor_on_the_cpu_is_asked_for_as_an_array(each):
+    torch = pytest.importorskip("torch")
+    with pytest.raises(InputError, match="got Tensor: pass one frame as a NumPy array"):
+        each(torch.zeros(8, 8, 3, dtype=torch.uint8))
+
+
 # ---- opening
 
 
 def test_the_first_slow_call_is_made_while_opening(bundle, monkeypatch):
     calls = []
 
-    class Engine:
-        backend, precision, reason = "test", "fp32", "for this test"
+    class Engine(CpuEngine):
+        backend, precision, reason, input_size = "test", "fp32", "for this test", (64, 64)
 
         def run(self, pixels):
             calls.append((pixels.shape, pixels.dtype))
@@ -190,8 +208,8 @@ def test_the_first_slow_call_is_made_while_opening(bundle, monkeypatch):
 
 
 def test_an_engine_that_gives_nan_gives_no_verdict(bundle, monkeypatch):
-    class Engine:
-        backend, precision, reason = "test", "bf16", ""
+    class Engine(CpuEngine):
+        backend, precision, reason, input_size = "test", "bf16", "", (64, 64)
 
         def run(self, pixels):
             maps = np.zeros(pixels.shape[:3], np.float32)

@@ -9,13 +9,15 @@ import pytest
 
 pytest.importorskip("triton", reason="the kernels need Triton: pip install 'omniad-edge[kernels]'")
 
-from omniad_edge import fused
-from omniad_edge.bundle import Bundle, read_bundle
+from omniad_edge import Detector, fused
+from omniad_edge.bundle import Bundle, read_bundle, write_bundle
 from omniad_edge.engine import open_engine
-from omniad_edge.errors import BundleError, EngineError, ExportError
+from omniad_edge.errors import BundleError, EngineError, ExportError, InputError
 from omniad_edge.export import fused_parts as parts_module
 from omniad_edge.export.bundle_export import export_bundle
+from omniad_edge.image import check_frame
 from omniad_edge.kernels.plan import Kernel
+from omniad_edge.preprocess import resize
 
 
 @pytest.fixture
@@ -23,7 +25,7 @@ def compiled(monkeypatch):
     """Kernels are not compiled but named after their key."""
 
     def compile_plan(plan, arch):
-        for key in sorted({plan.kernel_key(launch) for launch in plan.launches}):
+        for key in sorted({plan.kernel_key(launch) for launch in plan.all_launches}):
             yield key, Kernel("step", f"{arch} {key}".encode(), 1024, 4)
 
     monkeypatch.setattr(parts_module, "compile_plan", compile_plan)
@@ -44,10 +46,20 @@ class Graph:
     made: ClassVar[list] = []
     error: ClassVar[float] = 0.0
     truth: ClassVar[dict] = {}
+    frames: ClassVar[list] = []  # how many were given to each `run_frames`
 
     def __init__(self, plan, kernels, weights, pdl) -> None:
         self.plan, self.kernels, self.weights, self.pdl = plan, kernels, weights, pdl
         Graph.made.append(self)
+
+    def frame_size(self, frame):
+        check_frame(frame)
+        return frame.shape[:2]
+
+    def run_frames(self, frames):
+        size = self.plan.height, self.plan.width
+        Graph.frames.append(len(frames))
+        return self.run({"pixels": np.stack([resize(frame, *size) for frame in frames])}), [0.5] * len(frames)
 
     def run(self, inputs):
         pixels = inputs["pixels"]
@@ -62,7 +74,7 @@ def gpu(monkeypatch, bundle):
     """A GPU of sm_90."""
     with np.load(io.BytesIO(bundle.parts[fused.SELF_TEST]), allow_pickle=False) as test:
         Graph.truth = {p.tobytes(): m for p, m in zip(test["pixels"], test["anomaly_map"], strict=True)}
-    Graph.made, Graph.error = [], 0.0
+    Graph.made, Graph.error, Graph.frames = [], 0.0, []
     monkeypatch.setattr(fused, "CudaGraphPlan", Graph)
     monkeypatch.setattr(fused, "device_architecture", lambda: 90)
 
@@ -79,10 +91,11 @@ def test_it_is_chosen_where_it_can_run(bundle, gpu):
     assert (engine.backend, engine.precision) == ("fused", "fp16")
     assert "the bundle has them for this GPU" in engine.reason
     (graph,) = Graph.made
-    assert graph.pdl and len(graph.kernels) == len(graph.plan.launches)
-    assert {k.cubin for k in graph.kernels} == {
-        f"90 {graph.plan.kernel_key(launch)}".encode() for launch in graph.plan.launches
-    }
+    assert graph.pdl
+    assert [kernel.cubin for kernel in graph.kernels] == [
+        f"90 {graph.plan.kernel_key(launch)}".encode() for launch in graph.plan.all_launches
+    ]
+    assert [call.op for call in graph.plan.front.calls] == ["resize.resize"]
     weights = {name for name, buffer in graph.plan.buffers.items() if buffer.kind == "weight"}
     assert graph.weights.keys() == weights
 
@@ -94,6 +107,24 @@ def test_any_number_of_images(bundle, gpu, count, graphs):
     anomaly_map, pred_score = engine.run(pixels)
     assert anomaly_map.shape == (count, bundle.height, bundle.width) and pred_score.shape == (count,)
     assert {graph.plan.batch for graph in Graph.made} == graphs
+
+
+def test_a_detector_hands_frames_over(bundle, gpu, tmp_path):
+    write_bundle(tmp_path / "again.omniad", bundle.manifest, bundle.parts)
+    detector = Detector(tmp_path / "again.omniad", "fused")
+    Graph.frames.clear()
+    frames = [np.full((rows, 90, 3), 7, np.uint8) for rows in range(40, 51)]
+    results = detector(frames, product="gear")
+    assert Graph.frames == [8, 1, 1, 1]
+    assert [(r.frame_height, r.frame_width) for r in results] == [frame.shape[:2] for frame in frames]
+    for result in results:
+        assert (result.backend, result.precision) == ("fused", "fp16")
+        speed = result.speed_ms
+        assert speed["preprocess"] == 0.5
+        assert speed["total"] == pytest.approx(speed["preprocess"] + speed["engine"] + speed["postprocess"])
+    with pytest.raises(InputError, match="COLOR_GRAY2BGR"):
+        detector([frames[0], frames[0][..., 0]])
+    assert Graph.frames == [8, 1, 1, 1]  # all are looked at before the first is computed
 
 
 @pytest.mark.parametrize("error", [4e-4, np.nan])

@@ -10,10 +10,11 @@ triton = pytest.importorskip("triton")
 from omniad_edge.errors import InputError  # noqa: E402
 from omniad_edge.kernels.jit import run  # noqa: E402
 from omniad_edge.kernels.plan import Launch  # noqa: E402
-from omniad_edge.kernels.resize import (  # noqa: E402
+from omniad_edge.kernels.resize import resize_call  # noqa: E402
+from omniad_edge.kernels.resize_tables import (  # noqa: E402
     MAX_TAPS,
+    TABLES,
     resample_tables,
-    resize_call,
     resize_reference,
     taps,
 )
@@ -21,7 +22,6 @@ from omniad_edge.preprocess import resize  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 GUARD = 4096
-FIELDS = ("geometry", "row_start", "row_weight", "column_start", "column_weight")
 
 
 def noise(rng, rows, columns):
@@ -46,8 +46,8 @@ def guarded(value):
 
 def launch(frame, tables, height, width):
     memory, pixels = guarded(np.full((height, width, 3), 255, np.uint8))
-    tensors = {name: guarded(getattr(tables, name))[1] for name in FIELDS}
-    call = resize_call("frame", *FIELDS, "pixels", height, width)
+    tensors = {name: guarded(getattr(tables, name))[1] for name in TABLES}
+    call = resize_call("frame", *TABLES, "pixels", height, width)
     run(Launch((call,)), tensors | {"frame": guarded(frame)[1], "pixels": pixels})
     assert (memory[:GUARD] == 255).all() and (memory[-GUARD:] == 255).all()
     return pixels.cpu().numpy()
@@ -107,7 +107,7 @@ def test_frames_of_8k_fit_and_what_does_not_is_refused():
     with pytest.raises(InputError, match="less than 2 GiB"):
         resample_tables(40000, 20000, 256, 256)
     with pytest.raises(ValueError, match="multiples of 16"):
-        resize_call("frame", *FIELDS, "pixels", 64, 72)
+        resize_call("frame", *TABLES, "pixels", 64, 72)
 
 
 # ---- kernel

@@ -109,6 +109,7 @@ def test_batches_share_weights_and_kernels():
     assert [eight.kernel_key(launch) for launch in eight.launches] == [plan.kernel_key(la) for la in plan.launches]
     assert all(e.programs == 8 * p.programs for e, p in zip(eight.launches, plan.launches, strict=True))
     assert eight.buffers["anomaly_map"].shape == (8, 64, 96)
+    assert eight.front == plan.front and eight.buffers["row_start"].shape == (64,)
     assert for_batch(eight, 1) == plan
 
 

@@ -11,7 +11,7 @@ import pytest
 import omniad_edge
 from omniad_edge import errors
 
-TRAINING = ("torch", "safetensors", "onnx")
+TRAINING = ("torch", "safetensors", "onnx", "triton")
 DEPENDENCIES = {"numpy", "cv2", "PIL", "onnxruntime", "rich"}
 CORE = (
     *("errors", "files", "image", "preprocess", "data", "result", "calibration", "bundle", "engine", "detector"),

@@ -69,15 +69,17 @@ def test_memory_is_used_again():
     assert max(offsets.values()) < 4 * 1024
 
 
+@pytest.mark.parametrize("front", [None, Launch((Call("a.g", ("w", "x"), (3,), 2),))])
 @pytest.mark.parametrize("stored", [lambda d: d, lambda d: __import__("json").loads(__import__("json").dumps(d))])
-def test_a_plan_survives_being_stored(stored):
+def test_a_plan_survives_being_stored(stored, front):
     buffers = {
         "x": Buffer((2, 3), "float16", "input", 0),
         "w": Buffer((4,), "float32", "weight", 256, ("same", "a.b")),
         "y": Buffer((2, 3), "float32", "output", 512),
     }
     launches = (Launch((Call("a.f", ("x", None, "y"), (1, 0.5, True), 3, 8), call("w", "y"))),)
-    plan = Plan(2, 64, 96, buffers, launches)
+    plan = Plan(2, 64, 96, buffers, launches, front)
     again = Plan.from_dict(stored(plan.to_dict()))
     assert again == plan and again.arena_bytes == 768
-    assert again.kernel_key(again.launches[0]) == plan.kernel_key(plan.launches[0])
+    assert [again.kernel_key(la) for la in again.all_launches] == [plan.kernel_key(la) for la in plan.all_launches]
+    assert len(plan.all_launches) == 1 + (front is not None)
