@@ -11,7 +11,7 @@ OmniADError                    catch this to catch them all
 ├── CameraError                a camera or stream cannot be opened, or was lost
 ├── OutputError                an output cannot take a record now
 ├── DownloadError              weights could not be downloaded or do not match their checksum
-└── MissingDependencyError     an optional package is not installed; the message has the pip command
+└── MissingDependencyError     an optional package is not installed; the message has the command that does it
 """
 
 
@@ -62,6 +62,7 @@ class DownloadError(OmniADError):
 class MissingDependencyError(OmniADError, ImportError):
     """An optional package is not installed."""
 
-    def __init__(self, package: str, extra: str) -> None:
-        """package: what could not be imported; extra: the extra of omniad-edge that brings it."""
-        super().__init__(f'{package} is not installed; run: pip install "omniad-edge[{extra}]"')
+    def __init__(self, package: str, extra: str = "", install: str = "") -> None:
+        """package: what could not be imported; extra: of omniad-edge, that brings it; or install: the command."""
+        command = install or f'pip install "omniad-edge[{extra}]"'
+        super().__init__(f"{package} is not installed; run: {command}")
