@@ -1,7 +1,8 @@
 """What a line is doing at one moment: read by the health page, the terminal, the watchdog and `Line.stats`."""
 
 from dataclasses import astuple, dataclass
-from typing import Protocol
+
+from .outputs import OutputStatus
 
 
 @dataclass(frozen=True)
@@ -45,21 +46,6 @@ class CameraState:
     counts: Counts
 
 
-class OutputState(Protocol):
-    """How one output keeps up, in records.
-
-    waiting: in its queue; written: taken by it; failed: writes that raised an error; dropped: given up for good;
-    spooled: kept on disk until it works again
-    """
-
-    name: str
-    waiting: int
-    written: int
-    failed: int
-    dropped: int
-    spooled: int
-
-
 @dataclass(frozen=True)
 class Snapshot:
     """A line at one moment.
@@ -82,5 +68,5 @@ class Snapshot:
     decisions: dict[str, int]
     open_parts: int
     cameras: tuple[CameraState, ...]
-    outputs: tuple[OutputState, ...]
+    outputs: tuple[OutputStatus, ...]
     last_progress_s: float
