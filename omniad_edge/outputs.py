@@ -181,7 +181,7 @@ class OutputQueue:
         except Exception as exc:
             with self._changed:
                 self._failed += 1
-            self._errors.update(self._failed, _in_words(exc))
+            self._errors.update(self._failed, in_words(exc))
             return
         if not self._images:
             record = without_images(record)
@@ -239,7 +239,7 @@ class OutputQueue:
         try:
             self.output.close()
         except Exception as exc:
-            self._health.bad(_in_words(exc))
+            self._health.bad(in_words(exc))
 
     def _open(self) -> bool:
         """False if closed before it could be opened."""
@@ -247,7 +247,7 @@ class OutputQueue:
             try:
                 self._call(self.output.open)
             except (Exception, SystemExit) as exc:
-                self._health.bad(_in_words(exc))
+                self._health.bad(in_words(exc))
                 if not self._pause(pause_s):
                     return False
             else:
@@ -269,12 +269,12 @@ class OutputQueue:
             try:
                 self._call(self.output.write, list(batch))
             except (OutputError, OSError) as exc:
-                self._health.bad(_in_words(exc))
+                self._health.bad(in_words(exc))
                 if not self._pause(pause_s):
                     return
             except (Exception, SystemExit) as exc:
                 self._settle(failed=len(batch))
-                self._errors.update(self._failed, _in_words(exc))
+                self._errors.update(self._failed, in_words(exc))
                 return
             else:
                 self._settle(written=len(batch))
@@ -334,7 +334,7 @@ class OutputQueue:
             traceback.print_exc()  # there is nobody else to tell
 
 
-def _in_words(exc: BaseException) -> str:
+def in_words(exc: BaseException) -> str:
     return str(exc) if isinstance(exc, OutputError) else f"{type(exc).__name__}: {exc}"
 
 
