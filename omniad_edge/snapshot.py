@@ -1,4 +1,4 @@
-"""What a line is doing at one moment: read by the health page, the terminal, the watchdog and `Line.stats`."""
+"""What a line is doing at one moment: read by the health page, the terminal and the watchdog."""
 
 from dataclasses import astuple, dataclass
 
