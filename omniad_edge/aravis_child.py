@@ -83,12 +83,16 @@ def configure(channel, Aravis, camera, trigger: str, exposure_us: float | None, 
     camera.clear_triggers()
     for name, value in features.items():
         set_feature(channel, Aravis, device, name, value)
-    if exposure_us is not None:
-        if camera.is_exposure_auto_available():
-            camera.set_exposure_time_auto(Aravis.Auto.OFF)
-        camera.set_exposure_time(exposure_us)
-    if trigger != "off":
-        camera.set_trigger(trigger)
+    try:
+        if exposure_us is not None:
+            if camera.is_exposure_auto_available():
+                camera.set_exposure_time_auto(Aravis.Auto.OFF)
+            camera.set_exposure_time(exposure_us)
+        if trigger != "off":
+            camera.set_trigger(trigger)
+    except gi_error() as exc:
+        inputs = ", ".join(camera.dup_available_trigger_sources())
+        raise channel.failure("input", f"{exc.message}; this camera can be triggered by {inputs}") from exc
 
 
 def set_feature(channel, Aravis, device, name: str, value: str) -> None:
@@ -116,7 +120,9 @@ def set_feature(channel, Aravis, device, name: str, value: str) -> None:
             choices = (
                 f"; expected one of {', '.join(device.dup_available_enumeration_feature_values_as_strings(name))}"
             )
-        raise channel.failure("input", f"{name}={value} is not possible: {exc}{choices}") from exc
+        raise channel.failure(
+            "input", f"{name}={value} is not possible: {getattr(exc, 'message', exc)}{choices}"
+        ) from exc
 
 
 def gi_error() -> type[Exception]:

@@ -110,7 +110,10 @@ class CameraProcess:
         )
 
     def trigger(self) -> None:
-        """Returns before the camera has taken the frame; a trigger that fails there is raised by `read`."""
+        """Returns before the camera has taken the frame; a trigger that fails there is raised by `read`.
+
+        A camera ignores a trigger that comes while it is still at work on the one before.
+        """
         if not self.software_trigger:
             raise CameraError(
                 f"{self.name}: takes frames by itself; a GenICam camera with ?trigger=Software does not"

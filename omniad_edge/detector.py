@@ -1,6 +1,7 @@
 """Detector: frame -> preprocess -> engine -> anomaly map -> decision -> Result."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from time import perf_counter
 
@@ -9,10 +10,13 @@ import numpy as np
 from .bundle import read_bundle
 from .engine import open_engine
 from .errors import InputError
+from .frame import EndOfSource, Source
 from .image import FrameArray
 from .result import Result, decide
+from .sources import open_source
 
 BATCH = 8  # frames per engine call when a list is given
+READ_S = 1.0  # that `stream` waits for a frame at a time
 
 
 class Detector:
@@ -80,6 +84,31 @@ class Detector:
             some = slice(start, start + BATCH)
             results += self.inspect(batch[some], sizes[some], product, assumed)
         return results[0] if single else results
+
+    def stream(
+        self, source: str | int | Path | Iterable[np.ndarray] | Source, product: str | None = None
+    ) -> Iterator[Result]:
+        """One result per frame of a source, whose `frame` it holds: `result.draw(result.frame.image)`.
+
+        source:  an address as `sources.open_source` takes it; opened here, closed when the loop ends or breaks.
+                 A camera with a software trigger is triggered for each result.
+        product: as for a call
+        Ends where the source does: at the end of a file, folder or list; for a camera never. Raises CameraError
+        if it is lost, and InputError for a source or frame that is not what was asked for.
+        """
+        source = open_source(source)
+        try:
+            source.open()
+            while True:
+                if source.software_trigger:
+                    source.trigger()
+                frame = source.read(READ_S)
+                if frame is not None:
+                    yield replace(self(frame.image, product), frame=frame)
+        except EndOfSource:
+            pass
+        finally:
+            source.close()
 
     def inspect(
         self, frames: list[FrameArray], sizes: list[tuple[int, int]], product: str, assumed: bool

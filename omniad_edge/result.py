@@ -7,6 +7,7 @@ import numpy as np
 
 from .calibration import Calibration
 from .errors import EngineError, InputError
+from .frame import Frame
 from .image import check_frame
 
 SCHEMA = 1  # of Result.to_dict
@@ -45,6 +46,7 @@ class Result:
     speed_ms:     milliseconds: preprocess, engine (its share of the batch), postprocess, total; with the fused
                   backend preprocess is to hand the frame to the GPU, where engine includes resizing it
     backend, precision: what computed it
+    frame:        the frame, where `Detector.stream` read it; else None
     """
 
     pred_label: str
@@ -61,6 +63,7 @@ class Result:
     speed_ms: dict[str, float]
     backend: str
     precision: str
+    frame: Frame | None = field(default=None, repr=False)
 
     @property
     def is_defective(self) -> bool:

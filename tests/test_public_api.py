@@ -15,6 +15,8 @@ TRAINING = ("torch", "safetensors", "onnx", "triton")
 DEPENDENCIES = {"numpy", "cv2", "PIL", "onnxruntime", "rich"}
 CORE = (
     *("errors", "files", "image", "preprocess", "data", "result", "calibration", "bundle", "engine", "detector"),
+    *("sources", "array_source", "folder_source", "video_file", "camera_process", "camera_child", "opencv_child"),
+    *("gstreamer_child", "aravis_child", "pixel_format", "credentials", "frame"),
     *("metrics", "report", "evaluate", "products", "progress", "cli"),
 )
 
