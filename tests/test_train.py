@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 
 import cv2
@@ -84,7 +85,7 @@ def test_the_checkpoint_knows_its_training(finished, data):
     assert model.config == TINY
     assert facts["products"] == ["bolt", "nut"] and facts["data"] == str(data)
     assert (facts["epochs"], facts["seed"], facts["backbone"]) == (5, 42, "none (random, seed 42)")
-    assert facts["versions"]["torch"] == torch.__version__
+    assert facts["versions"]["torch"] == version("torch")
     assert (facts["epoch"], facts["val_loss"]) == (finished[1].best_epoch, finished[1].val_loss)
     held_out = facts["holdout"]
     assert [name.split("/")[0] for name in held_out] == ["bolt", "nut"]

@@ -1,0 +1,87 @@
+"""One camera's thread: connect, read frame by frame, connect anew with growing pauses when it is lost."""
+
+from time import monotonic
+from typing import TYPE_CHECKING
+
+from .camera_faults import FaultDetector
+from .errors import CameraError
+from .frame import EndOfSource, Frame, Source
+
+if TYPE_CHECKING:
+    from .line import Line
+
+READ_S = 0.25  # a camera that gives nothing is asked again after this long, and a stop is noticed
+BACK_OFF_S = (0.25, 5.0)  # between attempts to reach a lost camera: doubled from the first to the second
+
+
+class Capture:
+    """Gives a line the frames of one source, until it ends or the line stops.
+
+    Raises InputError from `run` for a source that can never work.
+    """
+
+    def __init__(self, line: "Line", source: Source) -> None:
+        self.line, self.source = line, source
+        # Frames that would come unasked are read all the time, so that none is old; others when a part wants one.
+        self.on_demand = not line.parts.each_frame and (source.software_trigger or not source.live)
+
+    def run(self) -> None:
+        line, source, pause_s = self.line, self.source, BACK_OFF_S[0]
+        while not line.stopping:
+            try:
+                source.open()
+                line.camera_is(source.name, "running")
+                pause_s = BACK_OFF_S[0]
+                self.read_all()
+            except EndOfSource:
+                line.camera_is(source.name, "ended")
+                return
+            except CameraError as exc:
+                if not line.stopping:
+                    line.camera_is(source.name, "lost", str(exc))
+                    line.pause(pause_s)
+                    pause_s = min(2 * pause_s, BACK_OFF_S[1])
+            finally:
+                source.close()
+
+    def read_all(self) -> None:
+        faults, previous = FaultDetector(self.source.live), None
+        while not self.line.stopping:
+            self.line.beat()
+            frame = self.read_on_demand() if self.on_demand else self.read()
+            if frame is not None:
+                known = previous is not None and self.source.live
+                gap = max(0, frame.sequence - previous.sequence - 1) if known else 0
+                self.line.take(frame, faults.check(frame), gap)
+                previous = frame
+
+    def read(self) -> Frame | None:
+        line = self.line
+        with line.lock:
+            while line.held_back(self.source.name) and not line.stopping:
+                line.room.wait(READ_S)
+                line.beat()
+        return None if line.stopping else self.source.read(READ_S)
+
+    def read_on_demand(self) -> Frame | None:
+        """Wait for a part that wants a frame, and take it.
+
+        One trigger at a time, and its frame before the next: so a frame cannot come to the wrong part.
+        """
+        line, source = self.line, self.source
+        with line.lock:
+            part = line.parts.wanting(source.name, monotonic())
+            if part is None:
+                line.part_opened.wait(READ_S)
+                return None
+        if source.software_trigger:
+            source.trigger()
+        while part.open and not part.reason and not line.stopping:
+            line.beat()
+            if (frame := source.read(READ_S)) is not None:
+                return frame
+        if line.stopping or not source.software_trigger:
+            return None
+        raise CameraError(
+            f"{source.name}: a trigger gave no frame in time; connecting anew, lest it comes for another part"
+        )

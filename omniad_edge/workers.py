@@ -1,0 +1,74 @@
+"""Threads that inspect: they take waiting frames from a line, call its detector and hand the results back."""
+
+from collections.abc import Callable
+from time import monotonic
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from .line import Line
+    from .parts import View
+
+MAX_BATCH = 8
+IDLE_S = 0.25  # an idle worker looks around this often
+# A GPU lowers its clocks when idle and the next part pays for it, so a quick engine runs on a blank frame now and
+# then. A slow one, on a CPU, is left alone: the part that comes meanwhile would have to wait for it.
+WARM_EVERY_S = 0.05
+WARM_BELOW_S = 0.005
+BLANK = np.zeros((64, 64, 3), np.uint8)
+
+
+class Workers:
+    """Measures the detector, which is the engine's warm-up too, and inspects with it.
+
+    batch: frames a call may take. A call of several is good for throughput and bad for the first frame in it, so
+        it has to take less than 0.7 times as long per frame, and under half of the deadline.
+    """
+
+    def __init__(self, line: "Line", detector: Callable, deadline_ms: float | None) -> None:
+        self.line, self.detector = line, detector
+        self.batch, self.call_s = 1, self.seconds_for(1)
+        while self.batch < MAX_BATCH:
+            taken_s = self.seconds_for(2 * self.batch)
+            too_late = deadline_ms is not None and taken_s > deadline_ms / 2e3
+            if taken_s > 0.7 * 2 * self.batch * self.call_s or too_late:
+                break
+            self.batch *= 2
+
+    def seconds_for(self, batch: int) -> float:
+        """The fastest of three calls."""
+        taken_s = []
+        for _ in range(3):
+            start = monotonic()
+            self.detector([BLANK] * batch, self.line.product)
+            taken_s.append(monotonic() - start)
+        return min(taken_s)
+
+    def run(self, keeps_warm: bool) -> None:
+        """One worker's thread."""
+        line, keeps_warm = self.line, keeps_warm and self.call_s < WARM_BELOW_S
+        while not line.stopping:
+            line.beat()
+            with line.lock:
+                line.frame_waits.wait_for(
+                    lambda: line.parts.waiting or line.stopping, WARM_EVERY_S if keeps_warm else IDLE_S
+                )
+                views = line.parts.next_views(self.batch)
+                line.room.notify_all()
+            if views:
+                self.inspect(views)
+            elif keeps_warm:
+                self.detector([BLANK], line.product)
+
+    def inspect(self, views: list["View"]) -> None:
+        try:
+            results = self.detector([view.frame.image for view in views], views[0].part.product)
+        except Exception as exc:
+            if len(views) == 1:
+                self.line.engine_failed(views[0], exc)
+                return
+            for view in views:  # one bad frame costs no other part its verdict
+                self.inspect([view])
+        else:
+            self.line.finish(views, results)

@@ -1,0 +1,391 @@
+"""A whole line with threads: every trigger one verdict in time, whatever camera, engine and outputs do."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+from time import monotonic
+
+import numpy as np
+import pytest
+from line_parts import FakeCamera, FakeDetector
+from records import PATIENCE_S, check, wait_until
+
+from omniad_edge.errors import InputError, OutputError
+from omniad_edge.line import Line
+from omniad_edge.outputs import Output
+
+
+class Keeper(Output):
+    """Keeps all records, and can be waited for."""
+
+    name = "keeper"
+
+    def __init__(self) -> None:
+        self.records: list = []
+        self.changed = threading.Condition()
+
+    def write(self, records: list) -> None:
+        with self.changed:
+            self.records += records
+            self.changed.notify_all()
+
+    def of(self, kind: str) -> list:
+        return [record for record in self.records if record.kind == kind]
+
+    def wait(self, n: int, kind: str = "verdict") -> list:
+        with self.changed:
+            assert self.changed.wait_for(lambda: len(self.of(kind)) >= n, PATIENCE_S), self.records
+            return self.of(kind)
+
+    def wait_event(self, event: str) -> object:
+        def found():
+            return [record for record in self.of("status") if record.event == event]
+
+        with self.changed:
+            assert self.changed.wait_for(found, PATIENCE_S), (event, self.of("status"))
+            return found()[0]
+
+
+class Running:
+    """A line in a thread of its own."""
+
+    def __init__(self, source=None, detector=None, **options) -> None:
+        self.camera = source or FakeCamera()
+        self.detector = detector or FakeDetector()
+        self.keeper = Keeper()
+        self.line = Line(self.detector, self.camera, **options).add(self.keeper)
+        self.error = None
+        self.thread = threading.Thread(target=self._run)
+
+    def _run(self) -> None:
+        try:
+            self.line.run()
+        except Exception as exc:
+            self.error = exc
+
+    def __enter__(self) -> "Running":
+        self.thread.start()
+        self.keeper.wait_event("camera runs")
+        return self
+
+    def __exit__(self, *exc) -> None:
+        self.detector.gate.set()
+        self.line.stop()
+        self.join()
+
+    def join(self) -> None:
+        self.thread.join(PATIENCE_S)
+        assert not self.thread.is_alive()
+        snapshot = self.line.snapshot()
+        counts = snapshot.counts
+        fates = counts.inspected + counts.dropped + counts.late + counts.failed + counts.waiting
+        assert counts.captured == fates and counts.waiting == 0
+        verdicts = self.keeper.of("verdict")
+        assert len(verdicts) == sum(snapshot.decisions.values()) == snapshot.triggers
+        assert len({record.to_dict()["id"] for record in self.keeper.records}) == len(self.keeper.records)
+        for record in self.keeper.records:
+            check(record.to_dict())
+
+
+def test_a_list_of_frames_gives_a_verdict_each_and_ends():
+    frames = [np.full((8, 8, 3), value, np.uint8) for value in (50, 120, 60)]
+    keeper = Keeper()
+    counts = Line(FakeDetector(), frames).add(keeper).run()
+    assert [verdict.decision for verdict in keeper.of("verdict")] == ["accept", "reject", "accept"]
+    assert counts.captured == counts.inspected == 3
+    verdict = keeper.of("verdict")[1]
+    assert verdict.pred_score == pytest.approx(0.8) and verdict.threshold == 0.5 and verdict.product == "gear"
+    assert verdict.frames[0].image.shape == (8, 8, 3) and 0 <= verdict.age_ms <= verdict.latency_ms < 1e4
+
+
+def test_iterating_gives_every_verdict_at_the_pace_of_the_loop():
+    frames = (np.full((8, 8, 3), 50 + n, np.uint8) for n in range(100))
+    line = Line(FakeDetector(), frames)
+    seen = []
+    for verdict in line:
+        seen.append(verdict)
+        assert line.snapshot().counts.captured - len(seen) < 30  # the source waits for a slow loop
+    assert len(seen) == 100 and line.snapshot().state == "stopped"
+
+
+def test_leaving_the_loop_stops_the_line():
+    camera = FakeCamera()
+    for _ in range(5):
+        camera.push()
+    line = Line(FakeDetector(), camera)
+    for _ in line:
+        break
+    assert line.snapshot().state == "stopped" and line.snapshot().counts.waiting == 0
+    with pytest.raises(InputError, match="started before"):
+        line.run()
+
+
+def test_a_callback_gets_verdicts_and_may_fail():
+    seen, keeper = [], Keeper()
+
+    def callback(verdict):
+        seen.append(verdict.part_id)
+        if len(seen) == 2:
+            raise ValueError("no such coil")
+
+    frames = [np.full((8, 8, 3), 50, np.uint8)] * 4
+    Line(FakeDetector(), frames).add(callback, keeper).run()
+    assert len(seen) == 4
+    assert "no such coil" in keeper.wait_event("output error").detail
+
+
+def test_by_choice_a_failing_callback_stops_the_line():
+    def callback(verdict):
+        raise ValueError("no such coil")
+
+    camera, keeper = FakeCamera(), Keeper()
+    camera.push()
+    with pytest.raises(OutputError, match="no such coil"):
+        Line(FakeDetector(), camera, on_error="stop").add(callback, keeper).run()
+    assert len(keeper.of("verdict")) == 1
+
+
+def test_one_trigger_one_verdict():
+    with Running(trigger="call", deadline_ms=5000) as r:
+        for n in range(5):
+            assert r.line.trigger(f"part {n}") == f"part {n}"
+            r.camera.push(120 if n == 3 else 50)
+            r.keeper.wait(n + 1)
+        verdicts = r.keeper.of("verdict")
+        assert [v.part_id for v in verdicts] == [f"part {n}" for n in range(5)]
+        assert [v.decision for v in verdicts] == ["accept"] * 3 + ["reject", "accept"]
+
+
+@pytest.mark.parametrize("on_timeout", ["reject", "no_verdict"])
+def test_no_frame_gives_the_safe_verdict_in_time(on_timeout):
+    with Running(trigger="call", deadline_ms=80, on_timeout=on_timeout) as r:
+        r.line.trigger("1")
+        (verdict,) = r.keeper.wait(1)
+    assert (verdict.decision, verdict.reason) == (on_timeout, "deadline: no frame from cam")
+    assert verdict.latency_ms > 70 and verdict.results == () and verdict.age_ms is None
+
+
+def test_a_hanging_engine_gives_safe_verdicts_and_late_records():
+    with Running(trigger="call", deadline_ms=80) as r:
+        r.detector.gate.clear()
+        r.line.trigger("1")
+        r.camera.push(50)
+        (verdict,) = r.keeper.wait(1)
+        assert (verdict.decision, verdict.reason) == ("reject", "deadline: not inspected in time")
+        r.detector.gate.set()
+        (late,) = r.keeper.wait(1, "late")
+        assert late.part_id == "1" and late.late_ms > 0 and late.result.pred_label == "good"
+        assert r.line.snapshot().counts.late == 1
+
+
+def test_a_hanging_engine_does_not_hinder_the_stop():
+    r = Running()
+    r.detector.gate.clear()
+    with_hang = r.__enter__()
+    r.camera.push()
+    assert r.detector.entered.wait(PATIENCE_S)
+    start = monotonic()
+    with_hang.line.stop()
+    r.join()
+    assert monotonic() - start < 1.0
+    (verdict,) = r.keeper.of("verdict")
+    assert (verdict.decision, verdict.reason) == ("reject", "line stopped")
+    r.detector.gate.set()
+
+
+def test_a_software_trigger_takes_one_frame_a_part():
+    with Running(FakeCamera(software_trigger=True), trigger="call", deadline_ms=5000) as r:
+        for n in range(10):
+            r.line.trigger(str(n))
+        verdicts = r.keeper.wait(10)
+    assert [v.part_id for v in verdicts] == [str(n) for n in range(10)]
+    assert [v.frames[0].sequence for v in verdicts] == list(range(10)) and r.camera.triggers == 10
+
+
+def test_after_an_unanswered_trigger_the_camera_is_connected_anew():
+    """Else the frame, when it comes at last, would be taken for the next part's."""
+    camera = FakeCamera(software_trigger=True, answers=False)
+    with Running(camera, trigger="call", deadline_ms=60) as r:
+        r.line.trigger("1")
+        (verdict,) = r.keeper.wait(1)
+        assert verdict.reason == "deadline: no frame from cam"
+        assert "a trigger gave no frame in time" in r.keeper.wait_event("camera lost").detail
+        r.keeper.wait_event("camera back")
+        assert camera.opened == 2
+
+
+def test_a_lost_camera_comes_back_and_parts_meanwhile_are_decided_at_once():
+    with Running(trigger="call", deadline_ms=60_000) as r:
+        r.line.trigger("open")
+        r.camera.refuses = 2
+        r.camera.lose()
+        (first,) = r.keeper.wait(1)
+        assert (first.part_id, first.reason) == ("open", "camera lost: cam")
+        r.line.trigger("meanwhile")
+        assert r.keeper.wait(2)[1].reason == "camera lost: cam"
+        r.keeper.wait_event("camera back")
+        r.line.trigger("after")
+        r.camera.push()
+        assert r.keeper.wait(3)[2].decision == "accept"
+        assert r.line.snapshot().cameras[0].reconnects == 1
+
+
+def test_frames_the_camera_lost_get_a_verdict():
+    with Running() as r:
+        r.camera.push()
+        r.camera.push(lost=2)
+        verdicts = r.keeper.wait(4)
+    assert [(v.part_id, v.reason) for v in verdicts] == [
+        ("cam-0", ""),
+        ("cam-1", "frame lost"),
+        ("cam-2", "frame lost"),
+        ("cam-3", ""),
+    ]
+
+
+def test_a_faulty_frame_is_not_scored():
+    with Running() as r:
+        r.camera.push()
+        r.camera.queue.put((np.zeros((480, 640, 3), np.uint8), 1))
+        first, second = r.keeper.wait(2)
+        assert first.decision == "accept"
+        assert (second.decision, second.reason, second.results) == ("reject", "camera fault: black frame", ())
+        assert r.keeper.wait_event("camera fault").detail == "black frame"
+        assert r.line.snapshot().cameras[0].fault == "black frame"
+
+
+def test_an_engine_error_costs_its_part_alone():
+    with Running() as r:
+        r.detector.gate.clear()
+        r.camera.push(50)
+        assert r.detector.entered.wait(PATIENCE_S)
+        for value in (13, 50, 120):
+            r.camera.push(value)
+        r.detector.gate.set()
+        verdicts = r.keeper.wait(4)
+    assert [v.decision for v in verdicts] == ["accept", "reject", "accept", "reject"]
+    assert verdicts[1].reason == "engine failed: division by zero"
+
+
+def test_by_choice_an_engine_error_stops_the_line_in_the_safe_state():
+    r = Running(on_error="stop", on_timeout="no_verdict")
+    r.__enter__()
+    r.camera.push(13)
+    r.join()
+    assert isinstance(r.error, ZeroDivisionError)
+    assert [v.decision for v in r.keeper.of("verdict")] == ["no_verdict"]
+
+
+def test_views_of_two_cameras_make_one_verdict():
+    cameras = {"top": FakeCamera(), "side": FakeCamera()}
+    r = Running(cameras, trigger="call", deadline_ms=5000, views=2)
+    with r:
+        wait_until(lambda: all(c.state == "running" for c in r.line.snapshot().cameras))
+        r.line.trigger("1")
+        for value in (50, 120):
+            for camera in cameras.values():
+                camera.push(value)
+        (verdict,) = r.keeper.wait(1)
+    assert verdict.decision == "reject" and len(verdict.results) == 4
+    assert sorted(frame.source for frame in verdict.frames) == ["side", "side", "top", "top"]
+
+
+def test_the_product_may_change_while_the_line_runs():
+    with Running(product="gear") as r:
+        r.camera.push()
+        r.keeper.wait(1)
+        r.line.product = "cap"
+        r.camera.push()
+        assert [v.product for v in r.keeper.wait(2)] == ["gear", "cap"]
+        with pytest.raises(InputError, match="expected one of gear, cap; got 'nut'"):
+            r.line.product = "nut"
+
+
+def test_latest_inspects_the_newest():
+    with Running(policy="latest") as r:
+        r.detector.gate.clear()
+        r.camera.push()
+        assert r.detector.entered.wait(PATIENCE_S)
+        for _ in range(30):
+            r.camera.push()
+        wait_until(lambda: r.line.snapshot().counts.captured == 31)
+        r.detector.gate.set()
+        wait_until(lambda: r.line.snapshot().counts.waiting == 0)
+        assert r.line.snapshot().counts.dropped >= 25
+        assert r.keeper.of("verdict")[-1].frames[0].sequence == 30
+
+
+def test_intervals_trigger_parts():
+    camera = FakeCamera(software_trigger=True)
+    with Running(camera, trigger=0.01, deadline_ms=1000) as r:
+        verdicts = r.keeper.wait(5)
+    assert [v.part_id for v in verdicts[:5]] == ["1", "2", "3", "4", "5"]
+
+
+def test_a_folder_gives_a_frame_a_trigger(tmp_path):
+    frames = [np.full((8, 8, 3), 50 + n, np.uint8) for n in range(3)]
+    with Running(frames, trigger="call", deadline_ms=5000) as r:
+        r.line.trigger("1")
+        (verdict,) = r.keeper.wait(1)
+        assert verdict.frames[0].sequence == 0
+        assert r.line.snapshot().counts.captured == 1
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        ({"policy": "all"}, "policy: expected 'every' or 'latest'; got 'all'"),
+        ({"on_timeout": "accept"}, "on_timeout: expected 'reject' or 'no_verdict'"),
+        ({"trigger": "call"}, "deadline_ms: needed with a trigger"),
+        ({"trigger": "cal", "deadline_ms": 5}, "trigger: expected"),
+        ({"trigger": 0, "deadline_ms": 5}, "trigger: expected"),
+        ({"deadline_ms": 0}, "deadline_ms: expected a number above 0"),
+        ({"views": 2}, "frames make a part only with a trigger"),
+        ({"views": 0, "trigger": "call", "deadline_ms": 5}, "views: expected a whole number from 1 on"),
+        ({"rule": "most"}, "rule: expected"),
+        ({"product": "nut"}, "product: expected one of gear, cap"),
+    ],
+)
+def test_what_does_not_fit_together_is_refused(options, words):
+    with pytest.raises(InputError, match=words):
+        Line(FakeDetector(), FakeCamera(), **options)
+
+
+def test_a_software_trigger_without_triggers_is_refused():
+    with pytest.raises(InputError, match="waits for a software trigger"):
+        Line(FakeDetector(), FakeCamera(software_trigger=True))
+
+
+def test_triggers_need_a_running_line_that_takes_them():
+    line = Line(FakeDetector(), FakeCamera(), trigger="call", deadline_ms=5)
+    with pytest.raises(InputError, match="line is starting"):
+        line.trigger()
+    with Running() as r, pytest.raises(InputError, match="every frame is a part"):
+        r.line.trigger()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_stop_the_line_with_every_part_decided(number):
+    code = """
+        import sys
+        sys.path.insert(0, sys.argv[1])
+        from line_parts import FakeCamera, FakeDetector
+        from omniad_edge.line import Line
+        camera, detector = FakeCamera(), FakeDetector()
+        line = Line(detector, camera)
+        line.add(lambda verdict: print(verdict.part_id, verdict.decision, verdict.reason, flush=True))
+        camera.push()
+        counts = line.run()
+        print(counts.captured, counts.inspected)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code), os.path.dirname(__file__)]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "cam-0 accept \n"
+    start = monotonic()
+    process.send_signal(number)
+    out, err = process.communicate(timeout=PATIENCE_S)
+    assert (process.returncode, out, err) == (0, "1 1\n", "")
+    assert monotonic() - start < 1.5  # with the end of Python; the line itself under one
