@@ -3,6 +3,7 @@
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from contextlib import nullcontext
 from time import perf_counter
 from typing import Protocol
 
@@ -44,7 +45,13 @@ class Engine(Protocol):
 
 
 class CpuEngine(ABC):
-    """Takes frames of NumPy and resizes them on the CPU."""
+    """Takes frames of NumPy and resizes them on the CPU.
+
+    threads: of one call. None lets it use every core; then calls take turns, as two at once would both be late.
+    """
+
+    def __init__(self, threads: int | None) -> None:
+        self.turn = threading.Lock() if threads is None else nullcontext()
 
     @property
     @abstractmethod
@@ -64,7 +71,9 @@ class CpuEngine(ABC):
             start = perf_counter()
             pixels[index] = resize(frame, *self.input_size)
             preprocess_ms.append(1e3 * (perf_counter() - start))
-        return *self.run(pixels), preprocess_ms
+        with self.turn:
+            anomaly_map, pred_score = self.run(pixels)
+        return anomaly_map, pred_score, preprocess_ms
 
 
 class OnnxRuntimeEngine(CpuEngine):
@@ -76,6 +85,7 @@ class OnnxRuntimeEngine(CpuEngine):
     def __init__(self, model: bytes, threads: int | None = None, reason: str = "asked for") -> None:
         import onnxruntime
 
+        super().__init__(threads)
         self.reason = reason
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
@@ -111,6 +121,7 @@ class OpenVinoEngine(CpuEngine):
         self, model: bytes, precision: str = "fp32", threads: int | None = None, reason: str = "asked for"
     ) -> None:
         openvino = import_openvino()
+        super().__init__(threads)
         self.precision, self.reason = precision, reason
         if precision == "bf16" and not cpu_has_bf16():
             raise EngineError("precision bf16: this CPU does not have it; use precision='fp32'")

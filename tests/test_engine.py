@@ -1,6 +1,7 @@
 """Which engine is chosen and why, that engines agree, and what becomes of their errors."""
 
 import sys
+import threading
 from dataclasses import replace
 
 import numpy as np
@@ -227,3 +228,27 @@ def test_pixels_that_do_not_fit_are_an_engine_error(bundle, pixels, backend):
         with pytest.raises(EngineError, match=r"failed on pixels \(3, "):
             opened.run(np.ascontiguousarray(wrong))
     assert opened.run(pixels)[1].shape == (3,)  # it goes on after the error
+
+
+@pytest.mark.parametrize("threads, at_once", [(None, 1), (1, 2)])
+def test_calls_that_use_every_core_take_turns(bundle, pixels, threads, at_once):
+    opened = open_engine(bundle, "onnxruntime", threads=threads)
+    inside, most, both = 0, 0, threading.Event()
+
+    def run(pixels):
+        nonlocal inside, most
+        inside += 1
+        most = max(most, inside)
+        if inside == 2:
+            both.set()
+        both.wait(0.3)
+        inside -= 1
+        return pixels[..., 0], pixels[:, 0, 0, 0]
+
+    opened.run = run
+    callers = [threading.Thread(target=opened.run_frames, args=([pixels[0]],)) for _ in range(2)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    assert most == at_once
