@@ -1,5 +1,6 @@
 """GigE Vision and USB3 Vision cameras through Aravis, in a process of its own (see camera_child.py)."""
 
+import contextlib
 import difflib
 import math
 import threading
@@ -30,6 +31,8 @@ def run(
     for name in INTERFACES:
         (Aravis.enable_interface if name == interface else Aravis.disable_interface)(name)
     camera = connect(channel, Aravis, GLib, camera_id)
+    if interface == "GigEVision" and not camera.get_device().is_controller():
+        raise channel.failure("camera", "another program controls it, or did until it was killed some seconds ago")
     try:
         configure(channel, Aravis, camera, trigger, exposure_us, features)
     except GLib.Error as exc:
@@ -78,6 +81,9 @@ def connect(channel, Aravis, GLib, camera_id: str):
 
 def configure(channel, Aravis, camera, trigger: str, exposure_us: float | None, features: dict[str, str]) -> None:
     device = camera.get_device()
+    # A camera whose program was killed still sends, to where nobody listens, and takes no new size.
+    with contextlib.suppress(gi_error()):
+        camera.stop_acquisition()
     device.set_range_check_policy(Aravis.RangeCheckPolicy.ENABLE)
     camera.set_acquisition_mode(Aravis.AcquisitionMode.CONTINUOUS)
     camera.clear_triggers()

@@ -62,7 +62,7 @@ def test_a_slow_reader_does_not_fall_behind(closing):
     with rtsp_server(port, 640, 480, "red") as server:
         source.open()
         first = source.read(5)
-        wait_until(lambda: source._child.frames and source._child.frames[-1].sequence > first.sequence + 50)
+        wait_until(lambda: source._child.frames and source._child.frames[-1].sequence > first.sequence + 25)
         assert is_of(source.read(5), RED)
         changed_s = time.monotonic()
         print(BLUE_PATTERN, file=server.stdin, flush=True)
