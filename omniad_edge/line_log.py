@@ -25,6 +25,7 @@ MAX_MESSAGES = 1000  # told apart at a time, in memory
 GOOD_NEWS = ("started", "stopped", "back", "well")  # last words of an event
 BAD_NEWS = ("failed", "error")
 
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # words may come from a device: they move no cursor
 status_logger = logging.getLogger("omniad_edge.line")
 
 
@@ -160,8 +161,10 @@ def json_line(record: logging.LogRecord, text: str, held_back: int = 0) -> str:
 
 def human_line(record: logging.LogRecord, text: str, held_back: int = 0) -> str:
     clock = datetime.fromtimestamp(record.created).strftime("%H:%M:%S")
-    traceback = traceback_of(record)
-    return f"{clock} {record.levelname:<7} {without_credentials(text)}" + (f"\n{traceback}" if traceback else "")
+    line = f"{clock} {record.levelname:<7} {without_credentials(text)}"
+    if traceback := traceback_of(record):
+        line += f"\n{traceback}"
+    return CONTROL.sub(" ", line)
 
 
 def shown(value: object) -> object:

@@ -77,8 +77,8 @@ def test_one_json_object_a_line(handler, stderr):
 
 def test_words_in_a_terminal(handler, monkeypatch):
     monkeypatch.setattr(sys, "stderr", Terminal())
-    logger.warning("camera lost")
-    assert sys.stderr.getvalue()[8:] == " WARNING camera lost\n"
+    logger.warning("camera lost: \x1b[2Jgone")
+    assert sys.stderr.getvalue()[8:] == " WARNING camera lost:  [2Jgone\n"
 
 
 def test_an_exception_comes_with_its_traceback(handler, stderr):
