@@ -198,7 +198,7 @@ def test_the_first_slow_call_is_made_while_opening(bundle, monkeypatch):
             calls.append((pixels.shape, pixels.dtype))
             return np.zeros(pixels.shape[:3], np.float32), np.zeros(len(pixels), np.float32)
 
-    monkeypatch.setattr(detector_module, "open_engine", lambda *arguments: Engine())
+    monkeypatch.setattr(detector_module, "open_engine", lambda *arguments: Engine(None))
     detector = Detector(bundle)
     assert calls == [((1, 64, 64, 3), np.uint8)]
     assert (detector.backend, detector.precision, detector.reason) == ("test", "fp32", "for this test")
@@ -216,7 +216,7 @@ def test_an_engine_that_gives_nan_gives_no_verdict(bundle, monkeypatch):
             maps[:, 3, 3] = np.nan
             return maps, np.zeros(len(pixels), np.float32)  # the maximum passed over it
 
-    monkeypatch.setattr(detector_module, "open_engine", lambda *arguments: Engine())
+    monkeypatch.setattr(detector_module, "open_engine", lambda *arguments: Engine(None))
     with pytest.raises(EngineError, match="expected finite values; got 1 others"):
         Detector(bundle)(np.zeros((9, 9, 3), np.uint8))
 
