@@ -1,5 +1,6 @@
-"""Addresses of brokers and servers, whose user names and passwords are shown nowhere."""
+"""Addresses of brokers and servers, whose users and passwords are shown nowhere; and whom of them to trust."""
 
+import ssl
 from dataclasses import dataclass, field
 from urllib.parse import SplitResult, unquote, urlsplit
 
@@ -33,7 +34,7 @@ def parse_address(url: str, default_ports: dict[str, int]) -> Address:
     except (ValueError, AttributeError, TypeError):
         # The message may hold half a password.
         raise InputError(
-            f"{expected}; this one's host or port is none: write @ : / in a password as %40 %3A %2F"
+            f"{expected}; this one's host or port is none: write @ : / # in a password as %40 %3A %2F %23"
         ) from None
     if parts.scheme not in default_ports or not host:
         raise InputError(
@@ -43,3 +44,11 @@ def parse_address(url: str, default_ports: dict[str, int]) -> Address:
     path = parts.path + (f"?{parts.query}" if parts.query else "")
     user, password = (None if text is None else unquote(text) for text in (parts.username, parts.password))
     return Address(parts.scheme, host, port or default_ports[parts.scheme], path, user, password)
+
+
+def trusted(ca_file: str | None) -> ssl.SSLContext:
+    """Verifies certificates and host names against `ca_file`, else the system's. Raises InputError."""
+    try:
+        return ssl.create_default_context(cafile=ca_file)
+    except OSError as exc:
+        raise InputError(f"ca_file: expected a file of PEM certificates, got {ca_file}: {exc}") from exc

@@ -1,14 +1,13 @@
 """Records to a web service: one POST each."""
 
 import re
-import ssl
 from base64 import b64encode
 from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnection
 from pathlib import Path
 from urllib.parse import quote
 
-from .address import parse_address
-from .errors import InputError, OutputError
+from .address import parse_address, trusted
+from .errors import OutputError
 from .spool import Message, Spooled
 
 LATER = (408, 425, 429)  # of the 4xx those that say: the same again, but not now
@@ -88,11 +87,3 @@ class Webhook(Spooled):
         if not response.isclosed():  # more than that: the next answer cannot be read behind it
             self.disconnect()
         return response.status, response.reason
-
-
-def trusted(ca_file: str | None) -> ssl.SSLContext:
-    """Verifies certificates and host names against `ca_file`, else the system's. Raises InputError."""
-    try:
-        return ssl.create_default_context(cafile=ca_file)
-    except OSError as exc:
-        raise InputError(f"ca_file: expected a file of PEM certificates, got {ca_file}: {exc}") from exc
