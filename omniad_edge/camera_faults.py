@@ -52,7 +52,7 @@ class FaultDetector:
     than about 4 px (standard deviation), and blur so strong that only noise is left.
 
     Cost, cv2 on one thread, median of 2,000 frames from 8 buffers, on a two-core AMD EPYC server with a load of 3
-    to 5 from other programs: 0.09 ms at 640x480, 0.17 to 0.19 ms at 1920x1080, 0.31 ms at 3840x2160.
+    to 5 from other programs: 0.09 ms at 640x480, 0.16 to 0.19 ms at 1920x1080, 0.31 ms at 3840x2160.
     """
 
     def __init__(self, live: bool) -> None:

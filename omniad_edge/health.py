@@ -16,7 +16,7 @@ from .snapshot import Snapshot
 from .verdict import Record, Status
 
 QUIET_S = 10.0  # without a sign of life of the line, it hangs
-OUTPUT_S = 30.0  # an output that fails for longer fails hard
+FAILING_S = 30.0  # an output, or what triggers, that fails for longer fails hard
 REQUEST_S = 5.0  # for a client to say what it wants
 
 log = logging.getLogger(__name__)
@@ -27,8 +27,9 @@ class Health(Output):
 
     host: only this machine can ask unless told otherwise; "0.0.0.0" lets the whole network, without a password
     port: 0 takes a free one, which `port` says after `open`
-    /healthz answers 200 if the line runs and progresses, every camera runs with sound frames and no output has
-    failed for more than 30 s; else 503. Both with JSON: "healthy", "reasons" in words, and the line's state.
+    /healthz answers 200 if the line runs and progresses, every camera runs with sound frames and no output
+    or trigger has failed for more than 30 s; else 503. Both with JSON: "healthy", "reasons" in words, and the
+    line's name, state and uptime.
     Raises InputError for a port out of range, MissingDependencyError without prometheus-client; `open` raises
     OutputError if the port is taken or the address is not this machine's.
     """
@@ -42,7 +43,7 @@ class Health(Output):
         self.host, self.port = host, port
         self._metrics = LineMetrics()
         self._line: Watched | None = None
-        self._failing: dict[str, float] = {}  # outputs, and since when
+        self._failing: dict[str, float] = {}  # outputs and triggers, and since when
         self._server: Server | None = None
 
     def attach(self, line: Watched) -> None:
@@ -66,10 +67,16 @@ class Health(Output):
         for record in records:
             self._metrics.count(record)
             if isinstance(record, Status):
-                if record.event == "output failed":
-                    self._failing.setdefault(record.who, time.monotonic())
-                elif record.event == "output back":
-                    self._failing.pop(record.who, None)
+                self._follow(record)
+
+    def _follow(self, status: Status) -> None:
+        what, _, how = status.event.partition(" ")
+        if what not in ("output", "trigger"):
+            return
+        if how in ("failed", "lost"):
+            self._failing.setdefault(f"{what} {status.who}", time.monotonic())
+        elif how == "back":
+            self._failing.pop(f"{what} {status.who}", None)
 
     def close(self) -> None:
         if self._server is not None:
@@ -92,7 +99,8 @@ class Health(Output):
 
 
 def troubles(snapshot: Snapshot, failing: dict[str, float], now_s: float) -> Iterator[str]:
-    """In words, what keeps the line from inspecting. failing: since when each output fails; times monotonic."""
+    """In words, what keeps the line from inspecting. failing: since when each output or trigger that fails does;
+    times are of time.monotonic()."""
     if snapshot.state != "running":
         yield f"the line is {snapshot.state}"
     if (quiet_s := now_s - snapshot.last_progress_s) > QUIET_S and snapshot.state != "stopped":
@@ -103,8 +111,8 @@ def troubles(snapshot: Snapshot, failing: dict[str, float], now_s: float) -> Ite
         elif camera.fault:
             yield f"camera {camera.name}: {camera.fault}"
     for name, since_s in failing.items():
-        if now_s - since_s > OUTPUT_S:
-            yield f"output {name}: failing for {now_s - since_s:.0f} s"
+        if now_s - since_s > FAILING_S:
+            yield f"{name}: failing for {now_s - since_s:.0f} s"
 
 
 class Server(ThreadingTCPServer):

@@ -22,7 +22,7 @@ from .verdict import Record, Status
 
 BURST, REPEAT_S = 5, 10.0
 MAX_MESSAGES = 1000  # told apart at a time, in memory
-GOOD_NEWS = ("started", "stopped", "back", "well")  # last words of an event
+GOOD_NEWS = ("started", "stopped", "connecting", "runs", "ended", "back", "well")  # last words of an event
 BAD_NEWS = ("failed", "error")
 
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # words may come from a device: they move no cursor

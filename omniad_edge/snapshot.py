@@ -11,9 +11,9 @@ class Counts:
 
     captured:  frames that reached the line, since it started
     inspected: their results counted in a verdict
-    dropped:   left out unseen: the queue's policy, a camera fault, no part that wanted them
+    dropped:   left out unseen: a newer one took their place, no part wanted them, the line stopped
     late:      inspected, but after their part's verdict was given
-    failed:    the engine or the preprocessing raised an error on them
+    failed:    unfit to be inspected (a camera fault), or the detector raised an error
     waiting:   in a queue or in the engine now
     """
 

@@ -8,14 +8,16 @@ import urllib.error
 import urllib.request
 from dataclasses import replace
 
+import numpy as np
 import pytest
-from line_stand_in import SIDE, TOP, StandInLine, late, status, verdict
+from line_stand_in import SIDE, TOP, StandInLine, late, result, status, verdict
 from prometheus_client import REGISTRY
-from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.parser import text_string_to_metric_families as families
 
 from omniad_edge import health as health_module
 from omniad_edge.errors import InputError, MissingDependencyError, OutputError
-from omniad_edge.health import OUTPUT_S, QUIET_S, Health, troubles
+from omniad_edge.health import FAILING_S, QUIET_S, Health, troubles
+from omniad_edge.line import Line
 from omniad_edge.line_metrics import MAX_NAMES, OTHERS, SCORES
 
 
@@ -47,8 +49,7 @@ def samples(health):
     """{(name, labels...): value} of one scrape."""
     code, content_type, text = get(health, "/metrics")
     assert code == 200 and content_type.startswith("text/plain; version=")
-    families = list(text_string_to_metric_families(text))
-    return {(s.name, *sorted(s.labels.values())): s.value for family in families for s in family.samples}
+    return {(s.name, *sorted(s.labels.values())): s.value for f in families(text) for s in f.samples}
 
 
 def healthz(health):
@@ -179,17 +180,38 @@ def test_a_line_that_hangs_is_not_healthy(health, line):
 def test_an_output_that_stays_away_is_trouble_until_it_is_back(health, monkeypatch):
     health.write([status("output failed", "mqtt", "refused")])
     assert healthz(health)["healthy"]  # it has half a minute to come back
-    monkeypatch.setattr(health_module, "OUTPUT_S", 0.0)
+    monkeypatch.setattr(health_module, "FAILING_S", 0.0)
     assert healthz(health)["reasons"] == ["output mqtt: failing for 0 s"]
     health.write([status("output failed", "mqtt", "refused"), status("output back", "mqtt", "")])
     assert healthz(health)["healthy"]
+    health.write([status("trigger lost", "mqtt", "refused")])
+    assert healthz(health)["reasons"] == ["trigger mqtt: failing for 0 s"]
+
+
+def test_a_line_brings_its_numbers():
+    class Detector:
+        def __call__(self, frames, product):
+            return [result(0.9)] * len(frames)
+
+    health = Health(port=0)
+    pictures = [np.full((64, 64, 3), 100 + n, np.uint8) for n in range(20)]
+    pictures[7][:] = 0
+    Line(Detector(), pictures, name="line7").add(health).run()
+    text = health.metrics()[0].decode()
+    now = {(s.name, *sorted(s.labels.values())): s.value for f in families(text) for s in f.samples}
+    assert now["omniad_decisions_total", "reject"] == now["omniad_triggers_total",] == 20
+    assert sum(value for name, value in now.items() if name[0] == "omniad_frames_total") == 20
+    assert now["omniad_stage_seconds_count", "engine"] == 19 and now["omniad_line_info", "", "line7"] == 1
+    assert health.health()["reasons"] == ["the line is stopped"]
 
 
 def test_an_output_is_given_its_time(line):
     snapshot = line.snapshot()
     now_s = snapshot.last_progress_s
-    assert not list(troubles(snapshot, {"mqtt": now_s - OUTPUT_S}, now_s))
-    assert list(troubles(snapshot, {"mqtt": now_s - OUTPUT_S - 1}, now_s)) == ["output mqtt: failing for 31 s"]
+    assert not list(troubles(snapshot, {"output mqtt": now_s - FAILING_S}, now_s))
+    assert list(troubles(snapshot, {"output mqtt": now_s - FAILING_S - 1}, now_s)) == [
+        "output mqtt: failing for 31 s"
+    ]
 
 
 def test_without_a_line_it_says_what_to_do():

@@ -130,6 +130,7 @@ class Secretive:
 def test_levels_of_status_records(handler, stderr):
     levels = {
         "line started": "info",
+        "camera runs": "info",
         "camera back": "info",
         "camera well": "info",
         "camera lost": "warning",
