@@ -27,6 +27,7 @@ from time import perf_counter, sleep
 import numpy as np
 from cases import FRAME_SHAPE, Case, Run, open_case, random_pixels
 from machine import facts, load_average
+from paced import measure_paced
 
 from omniad_edge import Detector
 from omniad_edge.bundle import Bundle, read_bundle
@@ -77,6 +78,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--warm-up", type=natural, default=2, help="rounds before these (default: 2)")
     parser.add_argument("--threads", type=positive, default=os.cpu_count(), help="of every case (default: all)")
     parser.add_argument("--batch", type=positive, nargs="+", default=[1, 8], help="(default: 1 8)")
+    parser.add_argument("--paced", action="store_true", help="also parts that arrive 1, 5 and 20 times a second")
     parser.add_argument("--only", nargs="+", default=GROUPS, metavar="NAME", help="cases, or groups of cases")
     args = parser.parse_args(argv)
     if args.bundle and (args.preset or args.size):
@@ -117,6 +119,8 @@ def measure(args: argparse.Namespace) -> dict:
         height, width, config = input_of(files["ours"])
         rows, detectors = time_cases(cases, args, height, width)
         stages = time_stages(detectors, args)
+        named = {case.name: detector for case, detector in detectors.items()}
+        paced = measure_paced(named, args.samples) if args.paced else []
         costs = [process_cost(case, args.threads, height, width) for case in cases]
         bundles = {group: files[group].stat().st_size for group in ("ours", "ours-fp16") if group in files}
     header |= {name: getattr(args, name) for name in ("threads", "samples", "warm_up", "batch")}
@@ -127,6 +131,7 @@ def measure(args: argparse.Namespace) -> dict:
         "header": header,
         "latency": with_speedups(rows),
         "stages": stages,
+        "paced": paced,
         "import_s": import_seconds(),
         "processes": costs,
         "left_out": missing + left_out,
@@ -356,6 +361,9 @@ def print_report(report: dict) -> None:
         print(f"{row['case']:<28}{times}{row['share_of_engine']:>22.1%}")
     if report["stages"]:
         print("p50 / p99, ms")
+    for row in report["paced"]:
+        ratio = f", {row['ratio']:.2f} times back to back" if "ratio" in row else ""
+        print(f"{row['case']:<28}{row['arrivals']:>13}: {row['p50_ms']:.1f} / {row['p99_ms']:.1f}{ratio}")
     print(f"\n{'in a process of its own':<28}  first image after s  resident MiB  peak MiB")
     for row in report["processes"]:
         memory = f"{cell(row['resident_mib'], '.0f'):>14}{cell(row['peak_mib'], '.0f'):>10}"

@@ -6,7 +6,8 @@
 First form: frames of 640x480 arrive at a fixed rate, from one camera or several, are checked for camera faults,
 wait 1 ms in the stand-in of an engine that resizes on its GPU, are judged (mask, regions of a 256x256 map) and
 written as JSON lines. `overhead` is the time from a frame's arrival to its line in the file, less the call of the
-detector that it was in: queues, threads, bookkeeping, JSON. Second form: the real engine on a film in a loop; memory and the frames' age over time.
+detector that it was in: queues, threads, bookkeeping, JSON. Second form: the real engine on a film in a loop;
+memory and the frames' age over time.
 Data on stdout, progress on stderr; exit code 0, 1 failure (also if a frame is missing), 2 usage.
 """
 

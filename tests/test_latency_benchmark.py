@@ -33,7 +33,7 @@ def hide(folder: Path, module: str) -> Path:
 def measured(tmp_path_factory):
     path = tmp_path_factory.mktemp("latency") / "latency.json"
     only = ("ours/onnxruntime-fp32", "ours-fp16/onnxruntime-fp32", "paper/onnxruntime-fp32")
-    done = run(*QUICK, "--batch", "1", "2", "--only", *only, "--json", path)
+    done = run(*QUICK, "--batch", "1", "2", "--paced", "--only", *only, "--json", path)
     assert done.returncode == 0, done.stderr
     return only, done, json.loads(path.read_text())
 
@@ -192,3 +192,20 @@ def test_seeded_weights_are_reproducible_and_leave_nothing_zero(benchmark_module
     first, second = (seeded_model(config).state_dict() for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
     assert all(parameter.any() for _, parameter in seeded_model(config).named_parameters())
+
+
+def test_paced_arrivals_have_their_rows(measured):
+    _, done, report = measured
+    rows = [row for row in report["paced"] if row["case"] == "ours/onnxruntime-fp32"]
+    assert rows[0]["arrivals"] == "back to back" and rows[1]["arrivals"] == "1 per s"
+    assert all(len(row["samples_ms"]) == 2 and row["p50_ms"] > 0 for row in rows)
+    assert f"{rows[1]['ratio']:.2f} times back to back" in done.stdout
+
+
+def test_the_stream_benchmark_misses_no_frame(tmp_path):
+    path = tmp_path / "stream.json"
+    command = [sys.executable, BENCHMARKS / "stream.py", "--seconds", "0.2", "--json", path]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(path.read_text())["rows"]
+    assert [row["frames"] for row in rows] == [200, 200] and all(row["overhead_ms"]["p50"] > 0 for row in rows)
