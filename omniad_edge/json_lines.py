@@ -26,23 +26,26 @@ class JsonLines(Output):
         self._torn_at: int | None = None  # length of the file to go back to, bytes
 
     def open(self) -> None:
+        self.close()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self._file = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o644)
-        self._torn_at = None
-        size = os.fstat(self._file).st_size
-        if size and os.pread(self._file, 1, size - 1) != b"\n":
-            self._append(b"\n")
+        try:
+            size = os.fstat(self._file).st_size
+            if size and os.pread(self._file, 1, size - 1) != b"\n":
+                self._append(b"\n")
+        except BaseException:
+            self.close()  # so that nothing is written behind the torn line
+            raise
 
     def write(self, records: list[Record]) -> None:
         self._mend()
         if self._file is None or self._moved():
-            self.close()
             self.open()
         self._append("".join(json_text(record) + "\n" for record in records).encode("ascii"))
 
     def close(self) -> None:
         if self._file is not None:
-            file, self._file = self._file, None
+            file, self._file, self._torn_at = self._file, None, None
             os.close(file)
 
     def _append(self, data: bytes) -> None:

@@ -153,6 +153,45 @@ def test_nothing_is_lost_or_doubled_by_a_full_disk(tmp_path, monkeypatch):
         assert events.names() == ["output failed", "output back"]
 
 
+def test_nothing_is_glued_to_a_torn_line_on_a_full_disk(tmp_path, monkeypatch):
+    monkeypatch.setattr(outputs, "RETRY_S", (0.001, 0.01))
+    events = Events()
+    with small_disk(tmp_path / "disk", size_kb=64) as disk:
+        path, ballast = disk / "line.jsonl", disk / "ballast"
+        path.write_bytes(b"x" * 4096)  # to the end of a page: one byte more needs another one
+        with pytest.raises(OSError, match="No space"):
+            ballast.write_bytes(bytes(65_536))
+        files = len(os.listdir("/proc/self/fd"))
+        queue = started(JsonLines(path), events)
+        queue.put(make_status(1))
+        assert "No space left" in events.wait("output failed")
+        ballast.unlink()
+        queue.close(20)
+        torn, record = path.read_text().splitlines()
+        assert torn == "x" * 4096 and json.loads(record)["id"] == "a1b2-1"
+        assert len(os.listdir("/proc/self/fd")) == files
+
+
+def test_a_rotation_on_a_full_disk_waits_for_space(opened, monkeypatch):
+    opened.write([make_status(1)])
+    opened.path.write_text("torn")
+    opened.path.rename(opened.path.with_suffix(".1"))
+    opened.path.write_text("torn by another")
+    write = os.write
+
+    def full(file, data):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "write", full)
+    for _ in range(3):
+        with pytest.raises(OutputError, match="No space left"):
+            opened.write([make_status(2)])
+    monkeypatch.setattr(os, "write", write)
+    opened.write([make_status(2)])
+    torn, record = opened.path.read_text().splitlines()
+    assert torn == "torn by another" and json.loads(record)["id"] == "a1b2-2"
+
+
 def test_a_folder_in_its_place_is_reported(tmp_path):
     events = Events()
     queue = started(JsonLines(tmp_path), events)
