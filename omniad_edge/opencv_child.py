@@ -9,10 +9,12 @@ import sys
 import time
 
 
-def run(channel, device: int | str, transport: str, wanted: dict[str, int], timeout_s: float) -> None:
+def run(
+    channel, device: int | str, transport: str, wanted: dict[str, int], timeout_s: float, fourcc: str = ""
+) -> None:
     """device: camera number, its path, or the address of a stream; transport: of a stream, "tcp" or "udp".
 
-    wanted: width, height (pixels) and fps of a USB camera.
+    wanted: width, height (pixels) and fps of a USB camera; fourcc: its coding, "" leaves it to the driver
     """
     if transport:
         # Both flags against lag: no frames held back by the demuxer, none by the decoder's threads.
@@ -21,7 +23,10 @@ def run(channel, device: int | str, transport: str, wanted: dict[str, int], time
         os.environ["OPENCV_LOG_LEVEL"] = "ERROR"  # FFmpeg's own lines say why; OpenCV's warning hides them
     import cv2
 
-    capture = open_stream(cv2, device, timeout_s) if transport else open_webcam(cv2, channel, device, wanted)
+    if transport:
+        capture = open_stream(cv2, device, timeout_s)
+    else:
+        capture = open_webcam(cv2, channel, device, wanted, fourcc)
     if not capture.isOpened():
         raise channel.failure("camera", "cannot be opened")
     channel.opened()
@@ -46,7 +51,7 @@ def open_stream(cv2, address: str, timeout_s: float):
     return cv2.VideoCapture(address, cv2.CAP_FFMPEG, [*limits, cv2.CAP_PROP_N_THREADS, 1])
 
 
-def open_webcam(cv2, channel, device: int | str, wanted: dict[str, int]):
+def open_webcam(cv2, channel, device: int | str, wanted: dict[str, int], fourcc: str):
     capture = cv2.VideoCapture(device, cv2.CAP_V4L2 if sys.platform == "linux" else cv2.CAP_ANY)
     if not capture.isOpened():
         return capture
@@ -55,14 +60,15 @@ def open_webcam(cv2, channel, device: int | str, wanted: dict[str, int]):
         "height": cv2.CAP_PROP_FRAME_HEIGHT,
         "fps": cv2.CAP_PROP_FPS,
     }
-    if "width" in wanted:
-        # Most USB cameras give large frames at full speed only as JPEG.
-        capture.set(cv2.CAP_PROP_FOURCC, cv2.VideoWriter_fourcc(*"MJPG"))
+    if fourcc:
+        capture.set(cv2.CAP_PROP_FOURCC, cv2.VideoWriter_fourcc(*fourcc))
     for name, value in wanted.items():
         capture.set(names[name], value)
     came = {name: round(capture.get(names[name])) for name in wanted}
     if came != wanted:
         raise channel.failure(
-            "input", f"expected {wanted}; the camera gives {came}; `v4l2-ctl --list-formats-ext` lists what it can"
+            "input",
+            f"expected {wanted}; the camera gives {came}; `v4l2-ctl --list-formats-ext` lists what it can; "
+            "many give large frames only as JPEG: &fourcc=MJPG",
         )
     return capture

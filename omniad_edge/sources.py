@@ -18,7 +18,7 @@ from .image import is_image
 from .video_file import VideoFile
 
 FORMS = """\
-  webcam:0, 0 or v4l2:///dev/video0   USB camera; ?width=1280&height=720&fps=30
+  webcam:0, 0 or v4l2:///dev/video0   USB camera; ?width=1280&height=720&fps=30&fourcc=YUYV
   rtsp://host/path, rtsps://...       network camera, always its newest frame; ?transport=tcp|udp
   gige://, usb3://                    GenICam camera, the only one there is, or its serial, name or address:
                                       gige://Basler-22334455?trigger=Software|Line1&exposure_us=800&Gain=2
@@ -102,12 +102,13 @@ def _from_address(address: str) -> Source:
 
 def _webcam(address: str, place: str, query: str, is_path: bool = False) -> Source:
     size = {"width": _whole(1, 65535), "height": _whole(1, 65535), "fps": _whole(1, 1000)}
-    options = _options(address, query, {**size, **WAITING})
+    options = _options(address, query, {**size, "fourcc": _fourcc, **WAITING})
     if is_path and not place.startswith("/"):
         raise _wrong(address, "expected a device such as v4l2:///dev/video0")
     device = place if is_path else _parsed(address, "camera number", _whole(0, 255), place)
     wanted = {name: options[name] for name in size if name in options}
-    settings = {"device": device, "transport": "", "wanted": wanted, "timeout_s": TIMEOUT_S}
+    coding = {"fourcc": options.get("fourcc", "")}
+    settings = {"device": device, "transport": "", "wanted": wanted, "timeout_s": TIMEOUT_S, **coding}
     return CameraProcess(address, "opencv", settings, **_waiting(options))
 
 
@@ -310,6 +311,12 @@ def _flag(text: str) -> bool:
 def _word(text: str) -> str:
     if not re.fullmatch(r"\w+", text):
         raise ValueError("off, Software or an input of the camera such as Line1")
+    return text
+
+
+def _fourcc(text: str) -> str:
+    if not re.fullmatch("[A-Z0-9]{4}", text):
+        raise ValueError("four capital letters or digits such as YUYV or MJPG")
     return text
 
 

@@ -46,11 +46,9 @@ def test_waiting():
 
 
 def test_webcam_size():
-    assert settings("webcam:0?width=1280&height=720&fps=30", "opencv")["wanted"] == {
-        "width": 1280,
-        "height": 720,
-        "fps": 30,
-    }
+    came = settings("webcam:0?width=1280&height=720&fps=30&fourcc=MJPG", "opencv")
+    assert came["wanted"] == {"width": 1280, "height": 720, "fps": 30}
+    assert came["fourcc"] == "MJPG"
 
 
 def test_stream_keeps_what_is_the_cameras():
@@ -100,7 +98,11 @@ def test_csi():
         (None, "got NoneType"),
         (1.5, "got float"),
         ("webcam:0?width=0", "width: expected a whole number from 1 to 65535; got '0'"),
-        ("webcam:0?with=640", "expected settings width, height, fps, timeout_s, buffer; got with"),
+        ("webcam:0?with=640", "expected settings width, height, fps, fourcc, timeout_s, buffer; got with"),
+        (
+            "webcam:0?fourcc=jpeg",
+            "fourcc: expected four capital letters or digits such as YUYV or MJPG; got 'jpeg'",
+        ),
         ("webcam:0?fps=30&fps=60", "fps is there twice"),
         ("webcam:0?buffer=0", "buffer: expected a whole number from 1 to 64; got '0'"),
         ("v4l2:video0", "expected a device such as v4l2:///dev/video0"),
