@@ -39,12 +39,7 @@ def run(
         raise channel.failure("camera", f"cannot be set up: {exc.message}") from exc
     lost = threading.Event()
     camera.get_device().connect("control-lost", lambda device: lost.set())
-    stream = camera.create_stream(None, None)
-    if stream is None:
-        raise channel.failure("camera", "gives no stream; is another program using it?")
-    payload = camera.get_payload()
-    for _ in range(BUFFERS):
-        stream.push_buffer(Aravis.Buffer.new_allocate(payload))
+    stream = create_stream(channel, Aravis, camera)
     talking = threading.Lock()
 
     def send_trigger() -> None:
@@ -77,6 +72,16 @@ def connect(channel, Aravis, GLib, camera_id: str):
         raise channel.failure(
             "camera", f"cannot be opened: {exc.message}; the cameras there: {', '.join(found) or 'none'}"
         ) from exc
+
+
+def create_stream(channel, Aravis, camera):
+    stream = camera.create_stream(None, None)
+    if stream is None:
+        raise channel.failure("camera", "gives no stream; is another program using it?")
+    payload = camera.get_payload()
+    for _ in range(BUFFERS):
+        stream.push_buffer(Aravis.Buffer.new_allocate(payload))
+    return stream
 
 
 def configure(channel, Aravis, camera, trigger: str, exposure_us: float | None, features: dict[str, str]) -> None:
