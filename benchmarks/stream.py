@@ -58,7 +58,7 @@ class PacedCamera:
         due_s = self.start_s + self.count * self.period_s
         if (wait_s := due_s - monotonic()) > 0:
             sleep(wait_s)
-        frame = Frame(self.images[self.count % 8], self.count, max(due_s, self.start_s), self.name)
+        frame = Frame(self.images[self.count % len(self.images)], self.count, max(due_s, self.start_s), self.name)
         self.count += 1
         return frame
 
@@ -171,7 +171,7 @@ def film(path: Path, bundle: Path, minutes: float) -> dict:
     if not frames:
         raise InputError(f"{path}: expected a film, no frame can be read")
     camera = PacedCamera("film", rate_hz, int(60 * minutes * rate_hz))
-    camera.images = frames[:8] if len(frames) < 8 else frames
+    camera.images = frames
     samples = []
     with tempfile.TemporaryDirectory() as folder:
         output = TimedJsonLines(Path(folder) / "verdicts.jsonl")

@@ -89,7 +89,7 @@ class Line:
         sources = source if isinstance(source, Mapping) else {None: source}
         self.sources = {}
         for given, what in sources.items():
-            opened = what if hasattr(what, "read") and hasattr(what, "live") else open_source(what)
+            opened = open_source(what)
             opened.name = given or opened.name
             self.sources[opened.name] = opened
             if each_frame and opened.software_trigger:
