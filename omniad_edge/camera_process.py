@@ -17,6 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from . import aravis_child, gstreamer_child
 from .camera_child import FAILED, HEADER, MARK, OPENED
 from .credentials import without_credentials
 from .errors import CameraError, InputError, MissingDependencyError, OmniADError
@@ -27,6 +28,11 @@ PIPE_BYTES = 1 << 18
 CLOSE_S = 0.35  # for the process to let go of the camera; then it is killed
 LAST_WORDS = 8  # lines of what its libraries wrote to stderr
 SYSTEM_PYTHON = "/usr/bin/python3"  # the one that Debian's and Ubuntu's python3-gi is for
+LIBRARIES = {  # of a backend, in Python's gi: modules, their version, and the command that installs them
+    "gstreamer": (("Gst", "GstApp", "GstVideo"), "1.0", gstreamer_child.INSTALL),
+    "aravis": (("Aravis",), "0.8", aravis_child.INSTALL),
+}
+IMPORT_S = 30.0  # for them, on a slow and loaded machine
 
 
 class RawFrame(NamedTuple):
@@ -73,6 +79,20 @@ class CameraProcess:
         self._child: _Child | None = None
         self._next: int | None = None  # number of the next frame after a reopening
         self._shift: int | None = 0  # added to the camera's numbers; None until the first frame tells it
+
+    def check_installed(self) -> None:
+        """Raises MissingDependencyError with the command that installs what `open` needs; opens no camera."""
+        if self.backend not in LIBRARIES:
+            return
+        modules, version, install = LIBRARIES[self.backend]
+        lines = ["import gi", *(f"gi.require_version({module!r}, {version!r})" for module in modules)]
+        code = "\n".join([*lines, f"from gi.repository import {', '.join(modules)}"])
+        try:
+            command = [interpreter(self.backend), "-I", "-c", code]
+            subprocess.run(command, check=True, capture_output=True, timeout=IMPORT_S)
+        except (OSError, subprocess.SubprocessError) as exc:
+            name = {"gstreamer": "GStreamer", "aravis": "Aravis"}[self.backend]
+            raise MissingDependencyError(f"{name}'s Python interface", install=install) from exc
 
     def open(self) -> None:
         """Raises CameraError within `open_s` and MissingDependencyError with the command that installs it."""

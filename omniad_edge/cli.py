@@ -32,7 +32,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         console.print(f"[red]error:[/] {type(exc).__name__}: ", end="")
         console.print(str(exc), markup=False, soft_wrap=True)
     except KeyboardInterrupt:
-        console.print("interrupted; a training goes on with the same command and --resume")
+        resume = "; a training goes on with the same command and --resume" if options.command is train else ""
+        console.print(f"interrupted{resume}")
     except OSError as exc:
         console.print(f"error: {exc}", markup=False, soft_wrap=True)
     return 1
@@ -118,6 +119,10 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--json", action="store_true", help="print one JSON object a line")
     sub.add_argument("--backend", default="auto", help="auto, fused, onnxruntime or openvino")
     sub.add_argument("--precision", default="auto", help="auto, fp16, fp32 or bf16")
+
+    sub = command("run", run, "inspect on a line, as its TOML file says, until it ends or is stopped")
+    sub.add_argument("file", type=Path, help="such as line3.toml")
+    sub.add_argument("--check", action="store_true", help="only name every mistake in it, or what would run")
 
     sub = command("info", info, "print what a bundle holds")
     sub.add_argument("bundle", type=Path)
@@ -276,6 +281,12 @@ def predict(options: argparse.Namespace) -> int:
     summary = ", ".join(f"{count} {what}" for what, count in counts.items())
     console.print(f"{len(paths)} images: {summary} ({detector.backend} {detector.precision})")
     return 1 if counts["unreadable"] else 0
+
+
+def run(options: argparse.Namespace) -> int:
+    from .run_line import run_file
+
+    return run_file(options.file, options.check)
 
 
 def info(options: argparse.Namespace) -> None:

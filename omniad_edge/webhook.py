@@ -7,7 +7,7 @@ from pathlib import Path
 from urllib.parse import quote
 
 from .address import parse_address, trusted
-from .errors import OutputError
+from .errors import InputError, OutputError
 from .spool import Message, Spooled
 
 LATER = (408, 425, 429)  # of the 4xx those that say: the same again, but not now
@@ -30,6 +30,8 @@ class Webhook(Spooled):
     def __init__(
         self, url: str, spool: str | Path, *, timeout_s: float = 5.0, keep: str = "1GB", ca_file: str | None = None
     ) -> None:
+        if not timeout_s > 0:
+            raise InputError(f"timeout_s: expected seconds above 0, got {timeout_s!r}")
         self._address = parse_address(url, {"https": 443, "http": 80})
         super().__init__(f"webhook {self._address.shown}", spool, keep)
         self._path = quote(self._address.path or "/", safe="/?#[]@!$&'()*+,;=:%~")
