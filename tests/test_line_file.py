@@ -336,6 +336,30 @@ def test_any_content_is_a_line_or_mistakes(content):
         LineFile(Path("/nowhere/line3.toml"), content).line()
 
 
+# ---- the README
+
+
+def readme_block(language: str) -> str:
+    text = Path(__file__).resolve().parents[1].joinpath("README.md").read_text()
+    return text.split("## On the line\n")[1].split(f"```{language}\n")[1].split("```")[0]
+
+
+def test_the_script_of_the_readme_runs(folder, monkeypatch, capsys):
+    monkeypatch.setattr("omniad_edge.Detector", lambda bundle: FakeDetector())
+    monkeypatch.chdir(folder)
+    cv2.imwrite("parts/1.png", np.random.default_rng(0).integers(0, 99, (8, 8, 3), np.uint8))
+    exec(readme_block("python").replace("webcam:0", "parts"), {})
+    assert "parts/1.png accept" in capsys.readouterr().out and Path("verdicts.jsonl").exists()
+
+
+def test_the_file_of_the_readme_is_right(folder, monkeypatch):
+    pytest.importorskip("paho.mqtt.client")
+    pytest.importorskip("prometheus_client")
+    monkeypatch.setenv("CAMERA_LOGIN", "user:s3cr3t")
+    line = read_line_file(write(folder, readme_block("toml"), ""))
+    assert list(line.sources) == ["rtsp://***@10.0.0.7/1"] and len(line.outputs) == 5
+
+
 # ---- the environment
 
 
