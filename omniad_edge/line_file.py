@@ -60,7 +60,7 @@ def read_line_file(path: str | Path) -> Line:
         content = tomllib.loads(path.read_bytes().decode("utf-8-sig"))
     except OSError as exc:
         raise InputError(f"{path}: expected a TOML file; it cannot be read: {exc.strerror}") from exc
-    except ValueError as exc:
+    except (ValueError, RecursionError) as exc:
         raise InputError(f"{path}: expected TOML: {exc}") from exc
     return LineFile(path, content).line()
 
@@ -96,7 +96,7 @@ class LineFile:
     # ---- mistakes
 
     def wrong(self, key: str, what: str) -> None:
-        if not any(what == said and key.startswith(said_of) for said_of, said in self.mistakes):
+        if not any(what == said and f"{key}.".startswith(f"{said_of}.") for said_of, said in self.mistakes):
             self.mistakes.append((key, what))
 
     def is_wrong(self, key: str) -> bool:

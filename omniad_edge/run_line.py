@@ -42,10 +42,16 @@ def run_file(path: Path, check: bool = False) -> int:
 
 
 def closing_counts(snapshot: Snapshot) -> str:
+    """What became of parts and frames; and of records, for outputs that have not taken all."""
     counts, decisions = snapshot.counts, snapshot.decisions
     frames = f"{counts.inspected} inspected, {counts.dropped} dropped, {counts.late} late, {counts.failed} failed"
     parts = ", ".join(f"{count} {decision.replace('_', ' ')}" for decision, count in decisions.items())
-    return f"{sum(decisions.values())} parts: {parts}; {counts.captured} frames: {frames}"
+    lines = [f"parts {sum(decisions.values())}: {parts}; frames {counts.captured}: {frames}"]
+    for output in snapshot.outputs:
+        if output.failed or output.dropped or output.spooled:
+            lost = f"{output.failed} failed, {output.dropped} dropped, {output.spooled} left in the spool"
+            lines.append(f"{output.name}: {output.written} records written, {lost}")
+    return "\n".join(lines)
 
 
 def summary(path: Path, line: Line) -> str:

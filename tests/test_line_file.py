@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from time import monotonic
 
@@ -27,6 +28,7 @@ from omniad_edge.errors import InputError
 from omniad_edge.line import Line
 from omniad_edge.line_file import LineFile, located, read_line_file
 from omniad_edge.line_keys import TABLES
+from omniad_edge.outputs import OutputStatus
 
 OMNIAD = str(Path(sys.prefix) / "bin" / "omniad")
 WAITS = "outputs.webhook.timeout_s"
@@ -224,6 +226,7 @@ def test_every_mistake_is_named_at_once(folder):
         ('source = 0\noutputs = { webhook = "http://h:x/", spool = "s" }', "outputs.webhook", "host or port"),
         ('source = 0\n[outputs]\nspool = "s"\nwebhook = { url = "http://h", timeout_s = 0 }', WAITS, "above 0"),
         ("source = {}", "source", "empty table"),
+        ("source = { a = 0, b = true }", "source.b", "expected an address, got true"),
         ("source = []", "source", "got a list"),
         ("policy = 'latest'", "source", "missing"),
         ('source = "webcam:x"', "source", "camera number"),
@@ -232,6 +235,10 @@ def test_every_mistake_is_named_at_once(folder):
 def test_one_mistake_is_one_line(text, key, words, folder):
     found = mistakes(write(folder, text))
     assert list(found) == [key] and words in found[key]
+
+
+def test_equal_mistakes_of_two_keys_are_both_named(folder):
+    assert list(mistakes(write(folder, "source = { top = 1.5, top2 = 1.5 }"))) == ["source.top", "source.top2"]
 
 
 def test_a_wrong_source_gets_the_list_of_sources(folder):
@@ -260,7 +267,9 @@ def test_what_the_engine_cannot_do(real_folder):
     assert list(found) == ["backend"] and "CPUs compute in fp32 or bf16" in found["backend"]
 
 
-@pytest.mark.parametrize("content", [b"bundle = line3", b"a = 1\na = 2", b"\xff\xfe", b"[outputs", b"[a]\n[a]"])
+@pytest.mark.parametrize(
+    "content", [b"bundle = line3", b"a = 1\na = 2", b"\xff\xfe", b"[outputs", b"[a]\n[a]", b"a = " + 9999 * b"["]
+)
 def test_what_is_not_toml_is_said_to_be(content, tmp_path):
     (tmp_path / "line3.toml").write_bytes(content)
     with pytest.raises(InputError, match=r"line3\.toml: expected TOML: "):
@@ -295,9 +304,9 @@ def test_missing_programs_are_named_with_the_command(source, folder, monkeypatch
     assert list(found) == ["source.top"] and "is not installed; run: sudo apt install" in found["source.top"]
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")
-def test_a_folder_this_user_may_not_write_to(folder):
-    (folder / "closed").mkdir(mode=0o500)
+def test_a_folder_this_user_may_not_write_to(folder, monkeypatch):
+    (folder / "closed").mkdir()
+    monkeypatch.setattr(os, "access", lambda path, mode: path != folder / "closed")  # root may write anywhere
     found = mistakes(write(folder, 'source = "parts"\noutputs = { json_lines = "closed/new/verdicts.jsonl" }'))
     assert "may not write" in found["outputs.json_lines"]
 
@@ -458,8 +467,8 @@ def test_run_gives_a_verdict_an_image_and_ends(real_folder):
     images = sorted(str(path) for path in (real_folder / "parts").iterdir())
     assert [verdict["frames"][0]["item"] for verdict in verdicts] == images
     assert {verdict["line"] for verdict in verdicts} == {"line3"}
-    counts = f"{len(images)} frames: {len(images)} inspected, 0 dropped, 0 late, 0 failed"
-    assert done.stdout.startswith(f"{len(images)} parts: ") and done.stdout.endswith(f"; {counts}\n")
+    counts = f"frames {len(images)}: {len(images)} inspected, 0 dropped, 0 late, 0 failed"
+    assert done.stdout.startswith(f"parts {len(images)}: ") and done.stdout.endswith(f"; {counts}\n")
     events = [json.loads(line)["event"] for line in done.stderr.splitlines()]  # JSON alone
     assert events[0] == "line started" and events[-1] == "line stopped"
 
@@ -484,7 +493,7 @@ def test_sigterm_stops_it_and_systemd_is_told(real_folder):
         while "STOPPING=1" not in told:
             told += systemd.recv(4096).decode()
     assert process.returncode == 0 and "Traceback" not in err
-    assert out.startswith("2 parts: ") and "READY=1" in told and "WATCHDOG=1" in told
+    assert out.startswith("parts 2: ") and "READY=1" in told and "WATCHDOG=1" in told
     assert took_s < 1.5  # with the end of Python; the line itself under one
 
 
@@ -499,7 +508,7 @@ def test_in_a_terminal_there_is_the_live_view(real_folder):
             shown += data
     os.close(ours)
     out, _ = process.communicate(timeout=PATIENCE_S)
-    assert process.returncode == 0 and "2 frames: 2 inspected" in out
+    assert process.returncode == 0 and "frames 2: 2 inspected" in out
     assert b"line3" in shown and b"camera runs" in shown and b'"event"' not in shown
 
 
@@ -520,4 +529,13 @@ def test_what_stops_the_line_is_one_line_and_exit_code_1(monkeypatch, capsys):
     assert run_line.run_file(Path("line3.toml")) == 1
     out, err = capsys.readouterr()
     assert err.splitlines()[-1] == "error: ZeroDivisionError: division by zero" and "Traceback" not in err
-    assert out.startswith("1 parts: 0 accept, 1 reject")
+    assert out.startswith("parts 1: 0 accept, 1 reject")
+
+
+def test_the_closing_counts_tell_of_records_that_did_not_arrive():
+    outputs = (OutputStatus("JSON lines v.jsonl", 0, 9, 0, 0), OutputStatus("mqtt mqtt://h:1883", 0, 3, 1, 0, 5))
+    first, *others = run_line.closing_counts(replace(Line(FakeDetector(), ()).snapshot(), outputs=outputs)).split(
+        "\n"
+    )
+    assert first.startswith("parts 0: 0 accept, 0 reject, 0 no verdict; frames 0: ")
+    assert others == ["mqtt mqtt://h:1883: 3 records written, 1 failed, 0 dropped, 5 left in the spool"]
