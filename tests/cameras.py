@@ -1,9 +1,11 @@
 """Debian's programs that stand for cameras in tests, and skips where they are not installed."""
 
+import fcntl
 import shutil
 import signal
 import socket
 import subprocess
+import tempfile
 import time
 from contextlib import contextmanager
 from functools import cache
@@ -48,6 +50,31 @@ def running(*command: str):
         finally:
             process.send_signal(signal.SIGCONT)
             process.kill()
+
+
+class GigePort:
+    """The one GigE Vision port of this machine: test runs take turns, and each may enter it twice."""
+
+    path = Path(tempfile.gettempdir()) / "omniad-test-gige.lock"
+
+    def __init__(self) -> None:
+        self.users, self.lock = 0, None
+
+    @contextmanager
+    def taken(self):
+        if not self.users:
+            self.lock = self.path.open("w")
+            fcntl.flock(self.lock, fcntl.LOCK_EX)
+        self.users += 1
+        try:
+            yield
+        finally:
+            self.users -= 1
+            if not self.users:
+                self.lock.close()
+
+
+gige_port = GigePort()
 
 
 @contextmanager
