@@ -245,6 +245,7 @@ def test_a_broker_that_falls_silent_is_left_and_tried_anew(make_broker, listen, 
     events.wait("output back")
     subscriber.wait(lambda s: s.ids() == ids(1, 2))
     queue.close(20)
+    assert subscriber.online("line3/online").count("true") == 2  # the first connection was given up
 
 
 def test_a_server_that_is_no_broker_is_left(tmp_path, quick, monkeypatch):

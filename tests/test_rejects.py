@@ -85,6 +85,7 @@ def test_a_retry_writes_the_same_files(tmp_path):
     for _ in range(3):
         output.write([make_verdict(1)])
     assert len(files(tmp_path)) == 3
+    assert output._total_bytes == sum((tmp_path / name).stat().st_size for name in files(tmp_path))
 
 
 @pytest.mark.parametrize(
@@ -142,13 +143,14 @@ def test_the_oldest_go_when_there_are_too_many(tmp_path):
 
 
 def test_a_start_counts_what_is_there(tmp_path):
-    for number in (3, 1, 2):
-        opened(tmp_path).write([at(number, days=10 - number)])
-    one = max(path.stat().st_size for path in tmp_path.rglob("*.png")) * 3
-    assert kept(tmp_path) == [1, 2, 3]
-    output = opened(tmp_path, keep=f"{one / 1000:.3f}kB", max_age="7.5d")
-    assert kept(tmp_path) == [3]
-    assert [path.name for path in tmp_path.iterdir()] == ["2026-02-23"]  # no empty folders
+    for number in np.random.default_rng(0).permutation(np.arange(1, 21)).tolist():
+        opened(tmp_path).write([at(number, hours=21 - number)])
+    assert kept(tmp_path) == list(range(1, 21))
+    every = sum(path.stat().st_size for path in tmp_path.rglob("*.*"))
+    output = opened(tmp_path, keep=f"{every / 2000:.3f}kB", max_age="15.5h")
+    left = kept(tmp_path)
+    assert 8 <= len(left) <= 10 and left == list(range(21 - len(left), 21))
+    assert [path.name for path in tmp_path.iterdir()] == ["2026-03-02"]  # no empty folders
     total = sum(path.stat().st_size for path in tmp_path.rglob("*.*"))
     assert output._total_bytes == total
 

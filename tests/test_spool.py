@@ -254,6 +254,8 @@ def test_what_cannot_be_removed_is_not_given_again(path, monkeypatch):
         queue.remove(queue.oldest(1)[0][0])
     assert texts(queue) == ["b", "c"] and queue.depth == 3
     monkeypatch.undo()
+    queue.remove(0)
+    assert texts(queue) == ["b", "c"] and queue.counts.removed == 1
     queue.remove(queue.oldest(1)[0][0])
     assert texts(queue) == ["c"] and queue.counts.removed == 2
     queue.close()
