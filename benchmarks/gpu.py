@@ -2,9 +2,12 @@
 
     python benchmarks/gpu.py e2e latency --json benchmarks/results/gpu.json
 
-e2e      the plan by Triton's compiler and as compiled kernels in a CUDA graph, against the network in float64
+e2e      the plan by Triton's compiler and as compiled kernels in a CUDA graph, against the network in float64; the
+         same of an input four times as large; the parity gate on frames of a generated product line
 latency  batch 1, 8, 32: engine alone (CUDA events) and pixels in to map and score out (wall clock), interleaved
-Weights are seeded: latency does not depend on their values. Data on stdout, progress on stderr; exit code 0, 1.
+Weights are seeded: latency does not depend on their values. With --run the parity gate takes a trained network and
+defective images too; an untrained one ranks them by chance, and near ties would decide.
+Data on stdout, progress on stderr; exit code 0, 1.
 """
 
 import argparse
@@ -12,8 +15,10 @@ import json
 import random
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from copy import deepcopy
+from dataclasses import dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from time import perf_counter, sleep
 
 import numpy as np
@@ -22,21 +27,28 @@ from machine import facts
 from networks import export_plain, normalised, seeded_model
 
 from omniad_edge.cuda_graph import CudaGraphPlan, device_architecture
+from omniad_edge.data import find_samples, load_images
 from omniad_edge.errors import OmniADError
+from omniad_edge.evaluate import predict_images
 from omniad_edge.export.cubins import compile_plan
+from omniad_edge.export.parity import compare
 from omniad_edge.files import atomic_write
-from omniad_edge.kernels.fold import fold, named_arrays
+from omniad_edge.fused import MAX_MAP_ERROR
+from omniad_edge.kernels.fold import Network, fold, named_arrays
 from omniad_edge.kernels.jit import JitPlan
 from omniad_edge.kernels.network import TorchOps, forward
 from omniad_edge.kernels.network_plan import build_plan
 from omniad_edge.kernels.pack import pack
 from omniad_edge.kernels.schedule import for_batch
 from omniad_edge.model import ModelConfig, OmniAD, normalise
+from omniad_edge.products import write_line
+from omniad_edge.weights import load_run
 
 SCHEMA = 1  # of the JSON
 PARTS = ("e2e", "latency")
 BATCHES = (1, 8, 32)
-MAX_MAP_ERROR = 3e-4
+MAX_AUROC_DIFFERENCE = 5e-4  # half of what the parity gate allows
+LINE = {"n_train": 1, "n_calibration": 1, "n_test_good": 40, "n_test_per_kind": 10, "size_px": 256}
 PACED_HZ = (1, 5, 20)
 PACED_CALLS = 20
 COPY_BYTES = 1 << 30
@@ -68,6 +80,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="write everything, raw samples too, to this file")
     parser.add_argument("--samples", type=int, default=200, help="timed passes per case (default: 200)")
     parser.add_argument("--warm-up", type=int, default=20, help="passes before these (default: 20)")
+    parser.add_argument("--run", type=Path, help="folder of a trained run, for the parity gate of e2e")
     parser.add_argument("--skip-compile", action="store_true", help="leave out torch.compile, minutes at batch 32")
     args = parser.parse_args()
     for part in args.parts:
@@ -78,9 +91,12 @@ def main() -> int:
         if arch is None or not torch.cuda.is_available():
             raise OmniADError("no NVIDIA GPU, or torch cannot use it")
         report = {"schema": SCHEMA, "header": header(args, arch)}
-        bench = Bench(arch)
+        bench = Bench(arch, seeded_model(ModelConfig()))
         if "e2e" in args.parts:
             report["e2e"] = end_to_end(bench)
+            trained = args.run and Bench(arch, load_run(args.run)[0])
+            report["e2e"].append(product_line(trained or bench, labelled=trained is not None))
+            print_check(report["e2e"][-1])
         if "latency" in args.parts:
             report |= latency(bench, args)
         if args.json:
@@ -100,10 +116,10 @@ def header(args: argparse.Namespace, arch: int) -> dict:
 
 
 class Bench:
-    """The seeded default network, folded, as a plan, compiled for this GPU."""
+    """A network, folded, as a plan, compiled for this GPU."""
 
-    def __init__(self, arch: int) -> None:
-        self.model = seeded_model(ModelConfig())
+    def __init__(self, arch: int, model: OmniAD) -> None:
+        self.model = model
         self.network = fold(self.model)
         self.plan = build_plan(self.network, batch=1)
         self.weights = pack(self.plan, named_arrays(self.network))
@@ -112,10 +128,11 @@ class Bench:
         self.compile_s = round(perf_counter() - start, 1)
         say(f"{len(self.kernels)} kernels compiled for sm_{arch} in {self.compile_s} s")
 
-    def graph(self, batch: int, pdl: bool) -> CudaGraphPlan:
+    def graph(self, batch: int, pdl: bool, weights: dict[str, np.ndarray] | None = None) -> CudaGraphPlan:
+        """weights: other ones than the network's."""
         plan = for_batch(self.plan, batch)
         kernels = [self.kernels[plan.kernel_key(launch)] for launch in plan.all_launches]
-        return CudaGraphPlan(plan, kernels, self.weights, pdl)
+        return CudaGraphPlan(plan, kernels, weights or self.weights, pdl)
 
     def pixels(self, batch: int) -> np.ndarray:
         shape = (batch, self.plan.height, self.plan.width, 3)
@@ -127,8 +144,7 @@ class Bench:
 
 def end_to_end(bench: Bench) -> list[dict]:
     pixels = bench.pixels(8)
-    with torch.inference_mode():
-        truth = forward(TorchOps(torch.float64), bench.network, torch.from_numpy(pixels))[0].numpy()
+    truth = float64_maps(bench.network, pixels)
     jit = JitPlan(for_batch(bench.plan, 8), bench.weights, "cuda").run
     runs = {"jit": jit}
     for pdl in (False, True):
@@ -155,8 +171,53 @@ def end_to_end(bench: Bench) -> list[dict]:
             error <= MAX_MAP_ERROR and row["same_bits_twice"] and bool((scores == maps.max((1, 2))).all())
         )
         rows.append(row)
-        print("e2e  " + "  ".join(f"{key} {value}" for key, value in row.items()))
+        print_check(row)
+    rows.append(four_times(bench))
+    print_check(rows[-1])
     return rows
+
+
+@torch.inference_mode()
+def float64_maps(network: Network, pixels: np.ndarray) -> np.ndarray:
+    return forward(TorchOps(torch.float64), network, torch.from_numpy(pixels))[0].numpy()
+
+
+def four_times(bench: Bench) -> dict:
+    """A contrast that no camera gives: is there room left in fp16?"""
+    stem = bench.network.backbone.stem
+    larger = replace(bench.network.backbone, stem=replace(stem, weight=4 * stem.weight))
+    network = replace(bench.network, backbone=larger)
+    pixels = bench.pixels(8)
+    maps, _ = outputs(bench.graph(8, True, pack(bench.plan, named_arrays(network))).run({"pixels": pixels}))
+    error = float(np.abs(maps - float64_maps(network, pixels)).max())
+    return {"case": "graph pdl, input times four", "map_error": error, "passed": error <= MAX_MAP_ERROR}
+
+
+def product_line(bench: Bench, labelled: bool) -> dict:
+    """The parity gate against torch in fp32; the graph gets frames. labelled: of defective parts too."""
+    height, width = bench.plan.height, bench.plan.width
+    with TemporaryDirectory() as folder:
+        write_line(folder, **LINE)
+        samples = [s for s in find_samples(Path(folder, "data"), "test") if labelled or s.is_good]
+        images = load_images(samples, height, width)
+        graph = bench.graph(8, True)
+
+        def predict(pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+            fill = np.zeros((8 - len(pixels), *pixels.shape[1:]), np.uint8)
+            made, _ = graph.run_frames([image[..., ::-1] for image in np.concatenate((pixels, fill))])
+            return tuple(values[: len(pixels)] for values in outputs(made))
+
+        model = deepcopy(bench.model).cuda()
+        with torch.backends.cudnn.flags(allow_tf32=False):
+            truth = predict_images(model.predict, images)
+        report = compare(truth, predict_images(predict, images), "fp16")
+    passed = report["passed"] and (report["measured"]["auroc_difference"] or 0) <= MAX_AUROC_DIFFERENCE
+    case = f"parity gate, {'trained' if labelled else 'untrained'}, {report['images']} frames"
+    return {"case": case, **report["measured"], "failures": report["failures"], "passed": passed}
+
+
+def print_check(row: dict) -> None:
+    print("e2e  " + "  ".join(f"{key} {value}" for key, value in row.items()))
 
 
 def outputs(made: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:

@@ -71,7 +71,7 @@ def export_bundle(
         parts["graphs/fp16.onnx"], _ = build_graph(network, half=True, half_weights=True)
     engines, reference, predictions = pass_gate(model, images, parts, report)
     if targets:
-        parts |= fused_parts(network, targets, images.pixels, reference.anomaly_maps, progress)
+        parts |= fused_parts(network, targets, reference, progress)
     calibrations = calibrate_products(good_only(first(predictions, len(good))))
     manifest = {
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),

@@ -6,10 +6,12 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from ..evaluate import Predictions
 from ..fused import PLAN, SELF_TEST
 from ..kernels.fold import Network
 from ..versions import versions
 from .cubins import check_targets, compile_plan
+from .parity import score_deviation
 
 SELF_TEST_IMAGES = 4
 
@@ -17,18 +19,17 @@ SELF_TEST_IMAGES = 4
 def fused_parts(
     network: Network,
     targets: Sequence[str],
-    pixels: np.ndarray,
-    anomaly_maps: np.ndarray,
+    reference: Predictions,
     report: Callable[[str], None] | None = None,
 ) -> dict[str, bytes]:
-    """name -> content. targets: like "sm_87"; pixels, anomaly_maps: images and the trained network's maps of them.
+    """name -> content. targets: like "sm_87"; reference: the trained network's predictions that the gate saw.
 
     report is called with a line per architecture. Raises ExportError as `cubins` does.
     """
     from ..kernels.network_plan import build_plan  # Triton is needed from here on
 
     plan = build_plan(network, batch=1)
-    parts = {PLAN: json.dumps(plan.to_dict()).encode(), SELF_TEST: self_test(pixels, anomaly_maps)}
+    parts = {PLAN: json.dumps(plan.to_dict()).encode(), SELF_TEST: self_test(reference)}
     for arch in check_targets(targets):
         code, index = bytearray(), {}
         for key, kernel in compile_plan(plan, arch):
@@ -47,9 +48,15 @@ def fused_parts(
     return parts
 
 
-def self_test(pixels: np.ndarray, anomaly_maps: np.ndarray) -> bytes:
-    """A few of the images, spread over them, with their maps."""
+def self_test(reference: Predictions) -> bytes:
+    """A few of the images, spread over them, with their maps; and the deviation of the scores of all, or 0."""
+    pixels, anomaly_maps = reference.images.pixels, reference.anomaly_maps
     chosen = np.unique(np.linspace(0, len(pixels) - 1, SELF_TEST_IMAGES).astype(int))
     file = io.BytesIO()
-    np.savez_compressed(file, pixels=pixels[chosen], anomaly_map=anomaly_maps[chosen])
+    np.savez_compressed(
+        file,
+        pixels=pixels[chosen],
+        anomaly_map=anomaly_maps[chosen],
+        score_deviation=score_deviation(reference) or 0.0,
+    )
     return file.getvalue()

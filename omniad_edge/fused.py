@@ -5,6 +5,7 @@ import json
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -22,12 +23,14 @@ PDL_FROM = 90  # the first architecture with programmatic dependent launch
 BATCHES = (8, 1)  # a graph for each; other numbers of images are made of these
 # fp16 rounding of the whole network; further away something is wrong with this GPU, its driver or the kernels.
 MAX_MAP_ERROR = 3e-4
+MAX_SCORE_ERROR = 0.02  # in standard deviations of the scores that the parity gate saw
 
 
 class FusedEngine:
     """Kernels of this network on the GPU, in fp16 with fp32 statistics and sums.
 
-    Before the first frame it computes the bundle's self-test images and compares with the trained network's maps.
+    Before the first frame it computes the bundle's self-test images and compares with the trained network's maps
+    and scores.
     Raises EngineError where there is no GPU that the bundle has kernels for, or if the self-test fails.
     """
 
@@ -44,12 +47,15 @@ class FusedEngine:
             self.weights = pack(self.plan, read_weights(bundle.parts[WEIGHTS]))
             kernels = read_kernels(bundle, arch)
             self.kernels = [kernels[self.plan.kernel_key(launch)] for launch in self.plan.all_launches]
-        except (KeyError, TypeError, ValueError, AttributeError) as exc:
-            raise BundleError(f"{PLAN} or a kernel is not as omniad-export writes it: {exc!r}") from exc
+            with np.load(io.BytesIO(bundle.parts[SELF_TEST]), allow_pickle=False) as test:
+                pixels, anomaly_maps = test["pixels"], test["anomaly_map"]
+                score_deviation = float(test["score_deviation"])
+        except (KeyError, TypeError, ValueError, AttributeError, OSError, EOFError, BadZipFile) as exc:
+            raise BundleError(f"fused/* is not as omniad-export writes it: {exc!r}; export again") from exc
         self.pdl = arch >= PDL_FROM
         self.lock = threading.Lock()
         self.graphs: dict[int, CudaGraphPlan] = {}
-        self.self_test(bundle)
+        self.self_test(pixels, anomaly_maps, score_deviation)
 
     def run(self, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return joined([graph.run({"pixels": images}) for graph, images in self.batches(pixels)])
@@ -79,17 +85,22 @@ class FusedEngine:
                 )
             return self.graphs[batch]
 
-    def self_test(self, bundle: Bundle) -> None:
-        with np.load(io.BytesIO(bundle.parts[SELF_TEST]), allow_pickle=False) as test:
-            images = list(zip(test["pixels"], test["anomaly_map"], strict=True))
-        for pixels, truth in images:
-            anomaly_map, _, _ = self.run_frames([pixels[..., ::-1]])  # resizing to the same size is a copy
-            error = float(np.abs(anomaly_map[0] - truth).max())
-            if not error <= MAX_MAP_ERROR:
-                raise EngineError(
-                    f"backend fused: its anomaly map of a self-test image is {error:.2g} off, {MAX_MAP_ERROR} is "
-                    "allowed; update the driver, export again, or use backend='onnxruntime'"
-                )
+    def self_test(self, pixels: np.ndarray, anomaly_maps: np.ndarray, score_deviation: float) -> None:
+        """score_deviation: 0 where the gate saw too few images to have one."""
+        for image, truth in zip(pixels, anomaly_maps, strict=True):
+            maps, scores, _ = self.run_frames([image[..., ::-1]])  # resizing to the same size is a copy
+            check_error("anomaly map", float(np.abs(maps[0] - truth).max()), MAX_MAP_ERROR)
+            if score_deviation:
+                error = abs(float(scores[0]) - float(truth.max())) / score_deviation
+                check_error("score in standard deviations", error, MAX_SCORE_ERROR)
+
+
+def check_error(what: str, error: float, limit: float) -> None:
+    if not error <= limit:
+        raise EngineError(
+            f"backend fused: its {what} of a self-test image is {error:.2g} off, {limit} is allowed; update the "
+            "driver, export again, or use backend='onnxruntime'"
+        )
 
 
 def objection(bundle: Bundle, arch: int | None) -> str:

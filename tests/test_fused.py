@@ -40,6 +40,17 @@ def bundle(small_run, tmp_path, compiled) -> Bundle:
     return read_bundle(tmp_path / "b.omniad")
 
 
+def self_test_of(bundle: Bundle) -> dict[str, np.ndarray]:
+    with np.load(io.BytesIO(bundle.parts[fused.SELF_TEST]), allow_pickle=False) as test:
+        return dict(test)
+
+
+def with_self_test(bundle: Bundle, **changes) -> Bundle:
+    file = io.BytesIO()
+    np.savez(file, **{name: v for name, v in (self_test_of(bundle) | changes).items() if v is not None})
+    return Bundle(bundle.manifest, bundle.parts | {fused.SELF_TEST: file.getvalue()})
+
+
 class Graph:
     """Stands for CudaGraphPlan: gives the self-test's maps, off by `error`."""
 
@@ -72,8 +83,8 @@ class Graph:
 @pytest.fixture
 def gpu(monkeypatch, bundle):
     """A GPU of sm_90."""
-    with np.load(io.BytesIO(bundle.parts[fused.SELF_TEST]), allow_pickle=False) as test:
-        Graph.truth = {p.tobytes(): m for p, m in zip(test["pixels"], test["anomaly_map"], strict=True)}
+    test = self_test_of(bundle)
+    Graph.truth = {p.tobytes(): m for p, m in zip(test["pixels"], test["anomaly_map"], strict=True)}
     Graph.made, Graph.error, Graph.frames = [], 0.0, []
     monkeypatch.setattr(fused, "CudaGraphPlan", Graph)
     monkeypatch.setattr(fused, "device_architecture", lambda: 90)
@@ -134,6 +145,26 @@ def test_a_gpu_that_computes_something_else_is_refused(bundle, gpu, error):
         open_engine(bundle, "fused")
 
 
+@pytest.mark.parametrize("error, refused", [(1.9e-4, False), (2.1e-4, True)])
+def test_scores_are_judged_by_the_gates_deviation(bundle, gpu, error, refused):
+    Graph.error = error
+    open_engine(with_self_test(bundle, score_deviation=0.0), "fused")  # of too few images
+    judged = with_self_test(bundle, score_deviation=0.01)
+    if not refused:
+        open_engine(judged, "fused")
+        return
+    with pytest.raises(
+        EngineError, match=r"score in standard deviations of a self-test image is 0\.021 off, 0\.02"
+    ):
+        open_engine(judged, "fused")
+
+
+def test_the_self_test_has_the_deviation_of_all_scores(bundle, small_run):
+    test = self_test_of(bundle)
+    assert len(test["pixels"]) == len(test["anomaly_map"]) == 4
+    assert 0 < test["score_deviation"] < 0.1 and test["score_deviation"].shape == ()
+
+
 @pytest.mark.parametrize(
     "arch, words",
     [(None, "no NVIDIA GPU"), (86, r"kernels for sm_87, sm_90; export it with --targets sm_86 too")],
@@ -156,10 +187,25 @@ def test_precisions(bundle, gpu):
     assert open_engine(bundle, precision="fp32").backend != "fused"
 
 
-@pytest.mark.parametrize("part, content", [(fused.PLAN, b"{}"), (fused.PLAN, b"x"), ("fused/sm_90.json", b"[]")])
+@pytest.mark.parametrize(
+    "part, content",
+    [
+        (fused.PLAN, b"{}"),
+        (fused.PLAN, b"x"),
+        ("fused/sm_90.json", b"[]"),
+        (fused.SELF_TEST, b""),
+        (fused.SELF_TEST, b"PK"),
+        (fused.SELF_TEST, b"PK\3\4 cut"),
+    ],
+)
 def test_a_crafted_part_is_refused(bundle, gpu, part, content):
     with pytest.raises(BundleError, match="not as omniad-export writes it"):
         open_engine(Bundle(bundle.manifest, bundle.parts | {part: content}), "fused")
+
+
+def test_a_self_test_of_before_is_refused(bundle, gpu):
+    with pytest.raises(BundleError, match=r"score_deviation.*export again"):
+        open_engine(with_self_test(bundle, score_deviation=None), "fused")
 
 
 def test_targets_need_fp16_and_known_names(small_run, tmp_path):

@@ -1,5 +1,7 @@
 """The whole network as a plan in Triton's interpreter, against the float64 reference."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -69,6 +71,20 @@ def test_a_network_in_fp16_from_stored_weights():
     plan = for_batch(build_plan(network, batch=1), 2)
     _, stored = build_graph(network, half=True, half_weights=True)
     maps, _ = JitPlan(plan, pack(plan, read_weights(weights_message(stored))), DEVICE).run(pixels)
+    assert np.abs(maps - reference(network, pixels)).max() <= 3e-4
+
+
+@pytest.mark.slow
+def test_fp16_has_room_for_an_input_four_times_as_large():
+    """More contrast than any image has; nothing overflows."""
+    network = fold(golden_model(**(SMALL | {"width": 64})))
+    stem = network.backbone.stem  # takes the pixels less their mean
+    larger = replace(network.backbone, stem=replace(stem, weight=4 * stem.weight))
+    network = replace(network, backbone=larger)
+    pixels = np.random.default_rng(1).integers(0, 256, (1, 64, 64, 3), dtype=np.uint8)
+    plan = build_plan(network, batch=1)
+    maps, scores = JitPlan(plan, pack(plan, named_arrays(network)), DEVICE).run(pixels)
+    assert np.isfinite(scores).all()
     assert np.abs(maps - reference(network, pixels)).max() <= 3e-4
 
 

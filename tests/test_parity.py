@@ -7,7 +7,16 @@ import pytest
 
 from omniad_edge.data import Images, Sample
 from omniad_edge.evaluate import Predictions
-from omniad_edge.export.parity import LIMITS, auroc_difference, compare, over_threshold
+from omniad_edge.export.parity import (
+    FEWEST_RANKS,
+    FEWEST_SCORES,
+    LIMITS,
+    auroc_difference,
+    compare,
+    over_threshold,
+    rank_loss,
+    score_deviation,
+)
 
 N = 40  # good and as many defective images
 
@@ -43,7 +52,8 @@ def test_identical_predictions_pass(reference, precision):
     report = compare(reference, reference, precision)
     assert report["passed"] is True and report["failures"] == [] and report["images"] == 2 * N
     assert report["measured"] == dict.fromkeys(report["limits"], 0.0)
-    assert report["limits"].keys() == {"map_error", "score_error", "verdict_flips", "auroc_difference"}
+    measured = {"map_error", "score_error", "verdict_flips", "auroc_difference", "rank_loss"}
+    assert report["limits"].keys() == measured
     assert json.loads(json.dumps(report, allow_nan=False)) == report
 
 
@@ -105,8 +115,12 @@ def test_auroc_difference_without_a_flip():
     good = np.linspace(0.1, 0.3, N)
     reference = line(good, good[:-1] + 1e-6)  # every defect beside a good part, all below the threshold
     change = np.concatenate([np.zeros(N), np.full(N - 1, -2e-6)])
-    failure = only_failure(reference, scores_changed(reference, change))
-    assert failure == "auroc difference is 0.024, the limit is 0.001"
+    engine = scores_changed(reference, change)
+    assert only_failure(reference, engine, "bf16") == "auroc difference is 0.024, the limit is 0.002"
+    assert compare(reference, engine, "fp32")["failures"] == [
+        "auroc difference is 0.024, the limit is 0.001",
+        "rank loss is 0.00095, the limit is 0.0001",
+    ]
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
@@ -127,7 +141,8 @@ def test_what_is_not_finite_fails(reference, bad, precision):
 def test_several_failures_are_all_told(reference):
     engine = scores_changed(reference, np.linspace(0.5, -0.5, 2 * N))
     words = compare(reference, engine, "bf16")["failures"]
-    assert [text.split(" is ")[0] for text in words] == ["score error", "verdict flips", "auroc difference"]
+    names = ["score error", "verdict flips", "auroc difference", "rank loss"]
+    assert [text.split(" is ")[0] for text in words] == names
 
 
 def test_a_single_image_has_no_deviation_to_measure_by():
@@ -149,3 +164,45 @@ def test_auroc_counts_products_with_both_kinds_only_and_the_largest_difference()
     assert auroc_difference(reference, engine) == 0.5  # board: both pairs change their order; less one
     one_class = predictions([0.1, 0.2], ["good", "dent"], ["cap", "gear"])
     assert auroc_difference(one_class, one_class) is None
+
+
+@pytest.mark.parametrize("levels", [1000, 20])
+def test_rank_loss_is_what_spearman_lacks_to_1(rng, levels):
+    """Of scores with ties too, in either of the two."""
+    spearmanr = pytest.importorskip("scipy.stats").spearmanr
+    ours = rng.integers(0, levels, 80) / levels
+    theirs = np.round(ours + rng.normal(0, 0.1, 80), 2)
+    loss = rank_loss(line(ours, []), line(theirs, []))
+    assert loss == pytest.approx(1 - spearmanr(np.float32(ours), np.float32(theirs)).statistic, rel=1e-9)
+    assert rank_loss(line(ours, []), line(ours, [])) == 0
+
+
+def test_rank_loss_alone():
+    """Neighbours that change places again and again, each by less than the score error allows."""
+    good = np.linspace(0.1, 0.9, 100)
+    change = np.resize([0.0082, -0.0082], 100)
+    change[-2:] = 0  # the threshold stays
+    reference = line(good, [])
+    report = compare(reference, scores_changed(reference, change), "bf16")
+    assert report["passed"] and report["measured"]["rank_loss"] > 1e-4
+    report = compare(reference, scores_changed(reference, change * 0.51), "fp32")
+    assert report["failures"] == ["rank loss is 0.00059, the limit is 0.0001"]
+
+
+def test_one_near_tie_of_enough_images_passes():
+    scores = np.linspace(0.1, 0.9, FEWEST_RANKS)
+    scores[10] = scores[11] - 1e-6
+    other = scores.copy()
+    other[10] += 2e-6
+    report = compare(line(scores, []), line(other, []), "fp32")
+    assert report["passed"] and 9e-5 < report["measured"]["rank_loss"] < 1e-4
+    few = compare(line(scores[:-1], []), line(other[:-1], []), "fp32")
+    assert few["passed"] and few["measured"]["rank_loss"] is None
+
+
+def test_equal_scores_have_no_ranks_and_no_deviation():
+    same = line(np.full(FEWEST_RANKS, 0.5), [])
+    assert rank_loss(same, same) is None and score_deviation(same) is None
+    scores = np.linspace(0.1, 0.9, FEWEST_SCORES)
+    assert score_deviation(line(scores, [])) == pytest.approx(scores.std())
+    assert score_deviation(line(scores[1:], [])) is None
