@@ -439,8 +439,10 @@ class Line:
 
 
 def verdict_on(part: Part, origin: Origin, now_s: float) -> Verdict:
-    results = tuple(view.result for view in part.views if view.fate == "inspected")
-    frames = tuple(view.frame for view in part.views)
+    """part: gives up its views; their cycle with it would keep pictures until the garbage collector comes."""
+    views, part.views = part.views, []
+    results = tuple(view.result for view in views if view.fate == "inspected")
+    frames = tuple(view.frame for view in views)
     return Verdict(
         origin=origin,
         part_id=part.part_id,

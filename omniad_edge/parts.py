@@ -14,7 +14,8 @@ from .snapshot import Counts
 from .verdict import ACCEPT, NO_VERDICT, REJECT, combine
 
 MAX_OPEN_PARTS = 1000  # with triggers that nobody answers; each further one is decided at once
-QUEUE_FRAMES = 8  # of one camera, taken but not inspected: what bounds memory and, with `every`, holds it back
+QUEUE_FRAMES = 8  # of one camera, taken but not inspected; then, with `every`, it is held back
+OPEN_FRAMES = 32  # of one camera, without a verdict: more only pile up behind one that the engine hangs on
 
 
 @dataclass(eq=False)
@@ -90,11 +91,13 @@ class Parts:
         """A frame has arrived. fault: what makes it unfit to be inspected, in words, else empty."""
         source = frame.source
         self.captured[source] += 1
+        part = None
         if self.each_frame:
-            part = Part(part_id, product, frame.captured_s, deadline_s, {source: 1})
             if self.policy == "latest":
                 self.replace_waiting(source)
-            self.announce(source, part)
+            if self.policy == "every" or len(self.lanes[source]) < OPEN_FRAMES:
+                part = Part(part_id, product, frame.captured_s, deadline_s, {source: 1})
+                self.announce(source, part)
         else:
             part = self.wanting(source, frame.captured_s)
         if part is None or not part.open:
@@ -155,7 +158,9 @@ class Parts:
 
     def full(self, source: str) -> bool:
         """Whether `source` should hold its next frame back."""
-        return self.policy == "every" and self.each_frame and self.queued(source) >= QUEUE_FRAMES
+        if self.policy != "every" or not self.each_frame:
+            return False
+        return self.queued(source) >= QUEUE_FRAMES or len(self.lanes[source]) >= OPEN_FRAMES
 
     def wanting(self, source: str, captured_s: float) -> Part | None:
         """The first part that a frame of this source and time belongs to."""

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from records import make_result
 
 from omniad_edge.frame import Frame
-from omniad_edge.parts import MAX_OPEN_PARTS, QUEUE_FRAMES, Parts
+from omniad_edge.parts import MAX_OPEN_PARTS, OPEN_FRAMES, QUEUE_FRAMES, Parts
 from omniad_edge.verdict import ACCEPT, NO_VERDICT, REJECT
 
 IMAGE = np.zeros((1, 1, 3), np.uint8)
@@ -201,6 +201,19 @@ def test_every_holds_the_camera_back():
     assert parts.full("a") and not parts.full("b")
     parts.next_views(1)
     assert not parts.full("a")
+
+
+@pytest.mark.parametrize("policy", ["every", "latest"])
+def test_a_hanging_inspection_bounds_what_piles_up_behind_it(policy):
+    parts = Parts(("a",), policy=policy)
+    parts.capture(frame("a", 0), "", None, None, "0")
+    parts.next_views(1)  # and never finished
+    for n in range(1, 100):
+        if not parts.full("a"):
+            parts.capture(frame("a", n), "", None, None, str(n))
+            inspect_all(parts)
+    assert parts.open_parts == OPEN_FRAMES and not parts.decided
+    assert parts.counts("a").dropped == (0 if policy == "every" else 100 - OPEN_FRAMES)
 
 
 def test_frames_the_camera_lost_are_parts_without_a_frame():
