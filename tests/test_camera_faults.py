@@ -127,8 +127,8 @@ def test_a_dark_part_before_a_saturated_back_light_is_inspected():
     assert faults(FaultDetector(live=True), [image]) == [""]
 
 
-@given(st.floats(5, 20), st.sampled_from(PRODUCTS), seeds)
-@settings(deadline=None, max_examples=30)
+@given(st.floats(5, 15), st.sampled_from(PRODUCTS), seeds)
+@settings(deadline=None, max_examples=25)
 def test_blurred_is_out_of_focus(sigma_px, product, seed):
     rng = np.random.default_rng(seed)
     detector = FaultDetector(live=True)
@@ -139,7 +139,7 @@ def test_blurred_is_out_of_focus(sigma_px, product, seed):
 
 
 @given(st.integers(30, 220), st.floats(0.5, 12), seeds)
-@settings(deadline=None, max_examples=30)
+@settings(deadline=None, max_examples=25)
 def test_noise_alone_is_no_fault(level, noise, seed):
     """An empty place on the belt has no edges, which is not the lens's fault."""
     rng = np.random.default_rng(seed)
@@ -151,6 +151,13 @@ def test_noise_alone_is_no_fault(level, noise, seed):
 def test_a_first_blurred_camera_has_nothing_to_be_compared_with(rng):
     blurred = [defocus(image, 6, rng) for image in parts("cap")]
     assert set(faults(FaultDetector(live=True), blurred)) == {""}
+
+
+def test_blur_that_leaves_only_noise_does_not_become_normal(rng):
+    detector = FaultDetector(live=True)
+    faults(detector, parts("board"))
+    faults(detector, [defocus(image, 40, rng) for image in parts("board")], period_s=ADAPT_S)
+    assert faults(detector, [defocus(image, 8, rng) for image in parts("board")[:3]]) == [OUT_OF_FOCUS] * 3
 
 
 def test_few_frames_are_not_enough_to_call_one_blurred(rng):
