@@ -4,7 +4,7 @@ from time import monotonic
 from typing import TYPE_CHECKING
 
 from .camera_faults import FaultDetector
-from .errors import CameraError
+from .errors import CameraError, InputError
 from .frame import EndOfSource, Frame, Source
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ class Capture:
             except CameraError as exc:
                 if not line.stopping:
                     line.camera_is(source.name, "lost", str(exc))
+                    source.close()  # or a trigger still on its way would reach the camera when it is back
                     line.pause(pause_s)
                     pause_s = min(2 * pause_s, BACK_OFF_S[1])
             finally:
@@ -48,7 +49,11 @@ class Capture:
         faults, previous = FaultDetector(self.source.live), None
         while not self.line.stopping:
             self.line.beat()
-            frame = self.read_on_demand() if self.on_demand else self.read()
+            try:
+                frame = self.read_on_demand() if self.on_demand else self.read()
+            except InputError as exc:  # one broken file; the next read goes on behind it
+                self.line.spoil(self.source.name, str(exc))
+                continue
             if frame is not None:
                 known = previous is not None and self.source.live
                 gap = max(0, frame.sequence - previous.sequence - 1) if known else 0

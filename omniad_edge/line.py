@@ -323,6 +323,14 @@ class Line:
             if self.keeper_idle:
                 self.part_opened.notify_all()
 
+    def spoil(self, source: str, detail: str) -> None:
+        """A file of this source cannot be read: its part gets a verdict all the same."""
+        with self.lock:
+            part_id = f"{source}-unreadable-{self.parts.lost_frames[source] + 1}"
+            self.parts.spoil(source, f"unreadable frame: {detail}", part_id, self.product, monotonic())
+            self.tell("frame unreadable", source, detail)
+            self.deliver()
+
     def camera_is(self, source: str, state: str, detail: str = "") -> None:
         """Its state has changed; parts that want a frame from one that is gone are decided."""
         with self.lock:

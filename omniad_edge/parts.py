@@ -121,6 +121,14 @@ class Parts:
             for part_id in part_ids[-MAX_OPEN_PARTS:]:
                 self.announce(source, Part(part_id, product, now_s, None, {source: 1}, reason="frame lost"))
 
+    def spoil(self, source: str, reason: str, part_id: str, product: str | None, now_s: float) -> None:
+        """Something came that cannot be read as a frame: its part is decided."""
+        self.lost_frames[source] += 1
+        if self.each_frame:
+            self.announce(source, Part(part_id, product, now_s, None, {source: 1}, reason=reason))
+        elif part := self.wanting(source, now_s):
+            self.settle(part, reason)
+
     def lose_camera(self, source: str, reason: str) -> None:
         """Parts that still want its frames are decided."""
         for part in [p for lane in self.lanes.values() for p in lane if p.needed.get(source)]:

@@ -10,6 +10,7 @@ import threading
 import weakref
 from time import monotonic
 
+import cv2
 import numpy as np
 import pytest
 from line_parts import FakeCamera, FakeDetector
@@ -342,7 +343,23 @@ def test_intervals_trigger_parts():
     assert [v.part_id for v in verdicts[:5]] == ["1", "2", "3", "4", "5"]
 
 
-def test_a_folder_gives_a_frame_a_trigger(tmp_path):
+def test_a_broken_file_costs_its_part_alone(tmp_path):
+    for n in range(3):
+        cv2.imwrite(str(tmp_path / f"{n}.png"), np.full((8, 8, 3), 50, np.uint8))
+    (tmp_path / "1.png").write_text("not a picture")
+    keeper = Keeper()
+    counts = Line(FakeDetector(), tmp_path).add(keeper).run()
+    first, second, third = keeper.of("verdict")
+    assert (first.part_id, first.decision, third.decision) == (str(tmp_path / "0.png"), "accept", "accept")
+    assert second.decision == "reject" and "unreadable frame" in second.reason and "1.png" in second.reason
+    assert counts.captured == counts.inspected == 2
+    with Running(tmp_path, trigger="call", deadline_ms=5000) as r:
+        for n in range(3):
+            r.line.trigger(str(n))
+        assert [verdict.decision for verdict in r.keeper.wait(3)] == ["accept", "reject", "accept"]
+
+
+def test_a_list_gives_a_frame_a_trigger():
     frames = [np.full((8, 8, 3), 50 + n, np.uint8) for n in range(3)]
     with Running(frames, trigger="call", deadline_ms=5000) as r:
         r.line.trigger("1")
