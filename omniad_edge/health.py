@@ -10,9 +10,9 @@ from socket import AF_INET, AF_INET6
 from socketserver import ThreadingTCPServer
 
 from .errors import InputError, OutputError
-from .line_metrics import LineMetrics, Watched
+from .line_metrics import LineMetrics
 from .outputs import Output
-from .snapshot import Snapshot
+from .snapshot import Snapshot, Watched
 from .verdict import Record, Status
 
 QUIET_S = 10.0  # without a sign of life of the line, it hangs

@@ -3,13 +3,12 @@
 import threading
 from collections import defaultdict, deque
 from collections.abc import Iterator
-from typing import Protocol
 
 import numpy as np
 
 from .errors import MissingDependencyError
 from .result import Result
-from .snapshot import Snapshot
+from .snapshot import Snapshot, Watched
 from .verdict import Late, Record, Status, Verdict
 
 SCORES = 1000  # the newest of a product, for the quantiles
@@ -21,10 +20,6 @@ CAMERA_STATES = ("connecting", "running", "lost", "ended")
 FATES = ("inspected", "dropped", "late", "failed")
 # Seconds: a stage takes from under a millisecond on a GPU to a second on a small CPU.
 BUCKETS = (0.001, 0.002, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0, 2.0, 5.0)
-
-
-class Watched(Protocol):
-    def snapshot(self) -> Snapshot: ...
 
 
 class LineMetrics:

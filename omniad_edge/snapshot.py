@@ -1,6 +1,7 @@
 """What a line is doing at one moment: read by the health page, the terminal and the watchdog."""
 
 from dataclasses import astuple, dataclass
+from typing import Protocol
 
 from .outputs import OutputStatus
 
@@ -70,3 +71,9 @@ class Snapshot:
     cameras: tuple[CameraState, ...]
     outputs: tuple[OutputStatus, ...]
     last_progress_s: float
+
+
+class Watched(Protocol):
+    """A line, for who only looks at it."""
+
+    def snapshot(self) -> Snapshot: ...

@@ -9,19 +9,14 @@ import socket
 import threading
 import time
 from collections.abc import Mapping
-from typing import Protocol
 
 from .errors import InputError
-from .snapshot import Snapshot
+from .snapshot import Snapshot, Watched
 
 READY_EVERY_S = 0.1  # how often to look whether the line has started
 STATUS_EVERY_S = 5.0  # where systemd watches nothing
 
 log = logging.getLogger(__name__)
-
-
-class Watched(Protocol):
-    def snapshot(self) -> Snapshot: ...
 
 
 def notify(*assignments: str) -> bool:

@@ -15,9 +15,8 @@ from rich.text import Text
 
 from .credentials import without_credentials
 from .errors import InputError
-from .line_metrics import Watched
 from .outputs import Output, OutputStatus
-from .snapshot import CameraState, Snapshot
+from .snapshot import CameraState, Snapshot, Watched
 from .verdict import NO_VERDICT, REJECT, Record, Status, Verdict, now
 
 VERDICTS = 1000  # the newest, for the percentiles
