@@ -4,7 +4,9 @@
 
 e2e      the plan by Triton's compiler and as compiled kernels in a CUDA graph, against the network in float64; the
          same of an input four times as large; the parity gate on frames of a generated product line
-latency  batch 1, 8, 32: engine alone (CUDA events) and pixels in to map and score out (wall clock), interleaved
+latency  batch 1, 8, 32: engine alone (CUDA events) and pixels in to map and score out (wall clock), interleaved; a
+         1920x1080 frame in host memory to map and score, resized on the GPU and on the CPU; paced arrivals
+probes   what this GPU needs at least: to read each weight once, do each product once, start that many kernels
 Weights are seeded: latency does not depend on their values. With --run the parity gate takes a trained network and
 defective images too; an untrained one ranks them by chance, and near ties would decide.
 Data on stdout, progress on stderr; exit code 0, 1.
@@ -16,58 +18,44 @@ import random
 import sys
 from collections.abc import Callable
 from copy import deepcopy
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from time import perf_counter, sleep
 
 import numpy as np
 import torch
+from gpu_cases import Bench, Case, make_cases, outputs
 from machine import facts
-from networks import export_plain, normalised, seeded_model
+from networks import seeded_model
 
-from omniad_edge.cuda_graph import CudaGraphPlan, device_architecture
+from omniad_edge.cuda_graph import device_architecture
 from omniad_edge.data import find_samples, load_images
 from omniad_edge.errors import OmniADError
 from omniad_edge.evaluate import predict_images
-from omniad_edge.export.cubins import compile_plan
 from omniad_edge.export.parity import compare
 from omniad_edge.files import atomic_write
 from omniad_edge.fused import MAX_MAP_ERROR
-from omniad_edge.kernels.fold import Network, fold, named_arrays
+from omniad_edge.kernels.fold import Network, named_arrays
 from omniad_edge.kernels.jit import JitPlan
 from omniad_edge.kernels.network import TorchOps, forward
-from omniad_edge.kernels.network_plan import build_plan
 from omniad_edge.kernels.pack import pack
 from omniad_edge.kernels.schedule import for_batch
-from omniad_edge.model import ModelConfig, OmniAD, normalise
+from omniad_edge.model import ModelConfig
+from omniad_edge.preprocess import resize
 from omniad_edge.products import write_line
 from omniad_edge.weights import load_run
 
 SCHEMA = 1  # of the JSON
-PARTS = ("e2e", "latency")
+PARTS = ("e2e", "latency", "probes")
 BATCHES = (1, 8, 32)
 MAX_AUROC_DIFFERENCE = 5e-4  # half of what the parity gate allows
 LINE = {"n_train": 1, "n_calibration": 1, "n_test_good": 40, "n_test_per_kind": 10, "size_px": 256}
+FRAME = (1080, 1920, 3)
 PACED_HZ = (1, 5, 20)
 PACED_CALLS = 20
 COPY_BYTES = 1 << 30
 MATMUL_SIZE = 8192
-
-
-@dataclass(frozen=True)
-class Case:
-    """One way to compute a batch.
-
-    launch: starts one pass on device memory; None for a graph of ours, which times itself
-    run:    pixels (N, H, W, 3) uint8 -> map and score on the host
-    """
-
-    name: str
-    batch: int
-    launch: Callable[[], object] | None
-    run: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
-    graph: CudaGraphPlan | None = None
 
 
 def main() -> int:
@@ -99,6 +87,12 @@ def main() -> int:
             print_check(report["e2e"][-1])
         if "latency" in args.parts:
             report |= latency(bench, args)
+        if {"latency", "probes"} & set(args.parts):
+            report["floors"] = measure_floors(bench)
+            print("floors  " + "  ".join(f"{name} {value:.4g}" for name, value in report["floors"].items()))
+            for row in report.get("latency", []):
+                row["times_floor"] = round(row["engine"]["p50_ms"] / floor_ms(report["floors"], row["batch"]), 2)
+                print(f"batch {row['batch']:<3} {row['case']:<36} {row['times_floor']:.2f} times the floor")
         if args.json:
             with atomic_write(args.json) as part:
                 part.write_text(json.dumps(report, indent=1, allow_nan=False), encoding="utf-8")
@@ -113,30 +107,6 @@ def header(args: argparse.Namespace, arch: int) -> dict:
     gpu = {"name": device.name, "arch": f"sm_{arch}", "multiprocessors": device.multi_processor_count}
     gpu |= {"memory_mib": device.total_memory >> 20, "cuda": torch.version.cuda}
     return facts() | {"gpu": gpu, "samples": args.samples, "warm_up": args.warm_up}
-
-
-class Bench:
-    """A network, folded, as a plan, compiled for this GPU."""
-
-    def __init__(self, arch: int, model: OmniAD) -> None:
-        self.model = model
-        self.network = fold(self.model)
-        self.plan = build_plan(self.network, batch=1)
-        self.weights = pack(self.plan, named_arrays(self.network))
-        start = perf_counter()
-        self.kernels = dict(compile_plan(self.plan, arch))
-        self.compile_s = round(perf_counter() - start, 1)
-        say(f"{len(self.kernels)} kernels compiled for sm_{arch} in {self.compile_s} s")
-
-    def graph(self, batch: int, pdl: bool, weights: dict[str, np.ndarray] | None = None) -> CudaGraphPlan:
-        """weights: other ones than the network's."""
-        plan = for_batch(self.plan, batch)
-        kernels = [self.kernels[plan.kernel_key(launch)] for launch in plan.all_launches]
-        return CudaGraphPlan(plan, kernels, weights or self.weights, pdl)
-
-    def pixels(self, batch: int) -> np.ndarray:
-        shape = (batch, self.plan.height, self.plan.width, 3)
-        return np.random.default_rng(batch).integers(0, 256, shape, dtype=np.uint8)
 
 
 # ---- correctness
@@ -220,17 +190,13 @@ def print_check(row: dict) -> None:
     print("e2e  " + "  ".join(f"{key} {value}" for key, value in row.items()))
 
 
-def outputs(made: dict[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    return made["anomaly_map"], made["peaks"].max(1)
-
-
 # ---- speed
 
 
 def latency(bench: Bench, args: argparse.Namespace) -> dict:
     rows, left_out = [], []
     for batch in BATCHES:
-        cases = make_cases(bench, batch, args, left_out)
+        cases = make_cases(bench, batch, args.skip_compile, left_out)
         samples = {case.name: ([], []) for case in cases}
         pixels = bench.pixels(batch)
         for index in range(-args.warm_up, args.samples):
@@ -245,115 +211,27 @@ def latency(bench: Bench, args: argparse.Namespace) -> dict:
             print_row(rows[-1])
         del cases
         torch.cuda.empty_cache()
-    floors = measure_floors(bench)
-    print("floors  " + "  ".join(f"{name} {value}" for name, value in floors.items()))
-    return {"latency": rows, "paced": paced(bench), "floors": floors, "left_out": left_out}
+    frames = [frame_to_score(bench, args, on_gpu) for on_gpu in (True, False)]
+    return {"latency": rows, "frames": frames, "paced": paced(bench), "left_out": left_out}
 
 
-def make_cases(bench: Bench, batch: int, args: argparse.Namespace, left_out: list[str]) -> list[Case]:
-    """Ours, then torch's, then ONNX Runtime's, as far as they can be had; why not goes to left_out."""
-    cases = []
-    for name, make in (
-        ("ours graph pdl", lambda: ours(bench, batch, pdl=True)),
-        ("ours graph", lambda: ours(bench, batch, pdl=False)),
-        ("ours jit", lambda: ours_jit(bench, batch)),
-        ("torch eager fp16", lambda: torch_case(bench, batch, "eager")),
-        ("torch eager fp16 graph", lambda: torch_case(bench, batch, "graph")),
-        ("torch.compile fp16 max-autotune", lambda: torch_case(bench, batch, "compile")),
-        ("onnxruntime cuda fp32, plain export", lambda: onnxruntime_case(bench, batch)),
-    ):
-        if "torch.compile" in name and args.skip_compile:
-            continue
-        say(f"batch {batch}: {name}")
-        try:
-            launch, run, graph = make()
-        except Exception as exc:  # a competitor that does not run here must not end the measurement
-            if name.startswith("ours"):
-                raise
-            left_out.append(f"{name}, batch {batch}: {type(exc).__name__}: {str(exc)[:300]}")
-            continue
-        cases.append(Case(name, batch, launch, run, graph))
-    return cases
-
-
-def ours(bench: Bench, batch: int, pdl: bool):
-    graph = bench.graph(batch, pdl)
-    return None, lambda pixels: outputs(graph.run({"pixels": pixels})), graph
-
-
-def ours_jit(bench: Bench, batch: int):
-    jit = JitPlan(for_batch(bench.plan, batch), bench.weights, "cuda")
-    return jit.launch, jit.run, None
-
-
-def torch_case(bench: Bench, batch: int, mode: str):
-    model = HalfPrecision(bench.model).cuda()
-    pixels = torch.from_numpy(bench.pixels(batch)).cuda()
-    call = torch.compile(model, mode="max-autotune", dynamic=False) if mode == "compile" else model
-
-    def step() -> tuple[torch.Tensor, torch.Tensor]:
-        with torch.inference_mode():
-            return call(pixels)
-
-    side = torch.cuda.Stream()  # a capture needs warm-up on a stream of its own
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            made = step()
-    torch.cuda.synchronize()
-    launch = step
-    if mode == "graph":
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            made = step()
-        launch = graph.replay
-
-    def run(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        pixels.copy_(torch.from_numpy(images))
-        given = launch() or made
-        return given[0].cpu().numpy(), given[1].cpu().numpy()
-
-    return launch, run, None
-
-
-class HalfPrecision(torch.nn.Module):
-    """The network as torch runs it in fp16, channels last; the map in fp32."""
-
-    def __init__(self, model: OmniAD) -> None:
-        super().__init__()
-        self.model = OmniAD(model.config).eval()
-        self.model.load_state_dict(model.state_dict())
-        self.model.half().to(memory_format=torch.channels_last)
-        config = model.config
-        from omniad_edge.anomaly_map import resample_matrix
-
-        for scale, stride in enumerate((4, 8, 16)):
-            for axis, size in (("rows", config.height), ("columns", config.width)):
-                matrix = torch.tensor(resample_matrix(size // stride, size), dtype=torch.float32)
-                self.register_buffer(f"{axis}{scale}", matrix)
-
-    def forward(self, pixels: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        image = normalise(pixels, self.model.neck.fuse.conv.weight).contiguous(memory_format=torch.channels_last)
-        total = 0
-        for scale, (t, s) in enumerate(zip(*self.model(image), strict=True)):
-            distance = 1 - torch.nn.functional.cosine_similarity(t.float(), s.float(), dim=1)
-            total = total + getattr(self, f"rows{scale}") @ distance @ getattr(self, f"columns{scale}").T
-        return total / 9, total.amax((1, 2)) / 9
-
-
-def onnxruntime_case(bench: Bench, batch: int):
-    import onnxruntime
-
-    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
-        raise OmniADError("this onnxruntime has no CUDA provider")
-    session = onnxruntime.InferenceSession(
-        export_plain(bench.model, "paper"), providers=["CUDAExecutionProvider", "CPUExecutionProvider"]
-    )
-    given = normalised(bench.pixels(batch))
-    return (
-        lambda: session.run(None, {"pixels": given}),
-        lambda pixels: session.run(None, {"pixels": normalised(pixels)}),
-        None,
-    )
+def frame_to_score(bench: Bench, args: argparse.Namespace, on_gpu: bool) -> dict:
+    """A 1920x1080 frame in host memory to map and score there, wall clock; resized on the GPU or on the CPU."""
+    graph = bench.graph(1, True)
+    frame = np.random.default_rng(11).integers(0, 256, FRAME, np.uint8)
+    samples = []
+    for index in range(-args.warm_up, args.samples):
+        start = perf_counter()
+        if on_gpu:
+            graph.run_frames([frame])
+        else:
+            graph.run({"pixels": resize(frame, bench.plan.height, bench.plan.width)[None]})
+        if index >= 0:
+            samples.append(1e3 * (perf_counter() - start))
+    p50, p99 = (float(value) for value in np.percentile(samples, (50, 99)))
+    where = "GPU" if on_gpu else "CPU"
+    print(f"frame of 1920x1080 to score, resized on the {where}: p50 {p50:.3f} ms, p99 {p99:.3f} ms")
+    return {"resized_on": where, "p50_ms": p50, "p99_ms": p99, "samples_ms": samples}
 
 
 def time_launch(case: Case) -> float:
@@ -420,6 +298,11 @@ def measure_floors(bench: Bench) -> dict:
     }
 
 
+def floor_ms(floors: dict, batch: int) -> float:
+    """No pass is quicker: launches follow each other, weights are read once, and each image has its products."""
+    return max(floors["chain_ms"], floors["weights_ms"], batch * floors["flop_ms"])
+
+
 def best_ms(call: Callable[[], object], repeats: int = 20) -> float:
     times = []
     for _ in range(repeats):
@@ -455,10 +338,6 @@ def print_row(row: dict) -> None:
         for name in ("engine", "pixels_to_score")
     )
     print(f"batch {row['batch']:<3} {row['case']:<36} {times}  {row['images_per_s']:.0f} images/s")
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

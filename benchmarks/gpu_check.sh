@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # Everything a GPU has to say about the fused engine, in one command, without a network and without installing:
-#     benchmarks/gpu_check.sh [--only kernels,e2e,latency] [--out FOLDER]
-# Needs python3 with torch, Triton 3.6, cuda-bindings, onnx, onnxruntime, opencv, pillow, safetensors, rich, scipy,
+#     benchmarks/gpu_check.sh [--only kernels,e2e,latency,probes] [--out FOLDER]
+# Needs python3 with torch, Triton 3.6 or newer, cuda-bindings, onnx, onnxruntime, opencv, pillow, safetensors, rich, scipy,
 # hypothesis and pytest.
 # Under 9 minutes; each part writes its own file to FOLDER (default: benchmarks/results) as soon as it is done.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-only=kernels,e2e,latency
+only=kernels,e2e,latency,probes
 out=benchmarks/results
 while [ $# -gt 0 ]; do
   case "$1" in
@@ -16,7 +16,7 @@ while [ $# -gt 0 ]; do
   esac
 done
 for part in ${only//,/ }; do
-  case "$part" in kernels | e2e | latency) ;; *) echo "gpu_check: unknown part $part" >&2; exit 2 ;; esac
+  case "$part" in kernels | e2e | latency | probes) ;; *) echo "gpu_check: unknown part $part" >&2; exit 2 ;; esac
 done
 
 # The package's folders are mapped by setup.py; here links stand for that.
