@@ -320,7 +320,7 @@ class Line:
             self.parts.capture(frame, fault, self.product, self.deadline_of(frame.captured_s), part_id)
             self.deliver()
             self.frame_waits.notify()
-            if self.keeper_idle:
+            if self.keeper_idle and self.deadline_ms is not None:
                 self.part_opened.notify_all()
 
     def spoil(self, source: str, detail: str) -> None:
@@ -422,8 +422,6 @@ class Line:
                     lost = self.fetched.popleft()
                     self.tell("verdict not fetched", "", f"part {lost.part_id}: the loop is too slow")
                 self.fetchable.notify_all()
-            if not self.parts.open_parts:
-                self.changed.notify_all()
 
     def origin(self) -> Origin:
         self.records += 1
