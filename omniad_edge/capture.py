@@ -24,6 +24,7 @@ class Capture:
         self.line, self.source = line, source
         # Frames that would come unasked are read all the time, so that none is old; others when a part wants one.
         self.on_demand = not line.parts.each_frame and (source.software_trigger or not source.live)
+        self.asked_s: float | None = None  # when the software trigger was sent whose frame is still to come
 
     def run(self) -> None:
         line, source, pause_s = self.line, self.source, BACK_OFF_S[0]
@@ -47,12 +48,14 @@ class Capture:
 
     def read_all(self) -> None:
         faults, previous = FaultDetector(self.source.live), None
+        self.asked_s = None
         while not self.line.stopping:
             self.line.beat()
             try:
                 frame = self.read_on_demand() if self.on_demand else self.read()
             except InputError as exc:  # one broken file; the next read goes on behind it
                 self.line.spoil(self.source.name, str(exc))
+                self.asked_s = None
                 continue
             if frame is not None:
                 known = previous is not None and self.source.live
@@ -79,11 +82,14 @@ class Capture:
             if part is None:
                 line.part_opened.wait(READ_S)
                 return None
-        if source.software_trigger:
+        if source.software_trigger and self.asked_s is None:
+            self.asked_s = monotonic()
             source.trigger()
         while part.open and not part.reason and not line.stopping:
             line.beat()
             if (frame := source.read(READ_S)) is not None:
+                if self.asked_s is not None and frame.captured_s >= self.asked_s:
+                    self.asked_s = None  # an earlier one came unasked, as cameras give some when they start
                 return frame
         if line.stopping or not source.software_trigger:
             return None
