@@ -4,13 +4,16 @@ import json
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from time import monotonic
 
 import numpy as np
+from line_parts import FakeCamera
 from records import PATIENCE_S, check
 from test_line import Keeper
 
+from omniad_edge.frame import Frame
 from omniad_edge.json_lines import JsonLines
 from omniad_edge.line import Line
 from omniad_edge.snapshot import Snapshot
@@ -133,3 +136,11 @@ def read_records(path: Path) -> list[dict]:
 
 def p99_ms(verdicts: list[Verdict], what: str = "latency_ms") -> float:
     return float(np.percentile([getattr(verdict, what) for verdict in verdicts], 99))
+
+
+class LargerCamera(FakeCamera):
+    """Its frames have the size of those that the results of FakeDetector are of."""
+
+    def read(self, timeout_s: float) -> Frame | None:
+        frame = super().read(timeout_s)
+        return frame and replace(frame, image=np.tile(frame.image, (3, 4, 1)))
