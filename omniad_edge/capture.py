@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from .camera_faults import FaultDetector
 from .errors import CameraError, InputError
 from .frame import EndOfSource, Frame, Source
+from .parts import Part
 
 if TYPE_CHECKING:
     from .line import Line
@@ -23,16 +24,17 @@ class Capture:
     def __init__(self, line: "Line", source: Source) -> None:
         self.line, self.source = line, source
         # Frames that would come unasked are read all the time, so that none is old; others when a part wants one.
+        self.pause_s = BACK_OFF_S[0]
         self.on_demand = not line.parts.each_frame and (source.software_trigger or not source.live)
         self.asked_s: float | None = None  # when the software trigger was sent whose frame is still to come
 
     def run(self) -> None:
-        line, source, pause_s = self.line, self.source, BACK_OFF_S[0]
+        line, source = self.line, self.source
         while not line.stopping:
             try:
+                line.rest()  # opening may take long, and the other cameras go on
                 source.open()
                 line.camera_is(source.name, "running")
-                pause_s = BACK_OFF_S[0]
                 self.read_all()
             except EndOfSource:
                 line.camera_is(source.name, "ended")
@@ -41,27 +43,28 @@ class Capture:
                 if not line.stopping:
                     line.camera_is(source.name, "lost", str(exc))
                     source.close()  # or a trigger still on its way would reach the camera when it is back
-                    line.pause(pause_s)
-                    pause_s = min(2 * pause_s, BACK_OFF_S[1])
+                    line.pause(self.pause_s)
+                    self.pause_s = min(2 * self.pause_s, BACK_OFF_S[1])
             finally:
                 source.close()
 
     def read_all(self) -> None:
-        faults, previous = FaultDetector(self.source.live), None
-        self.asked_s = None
-        while not self.line.stopping:
-            self.line.beat()
+        line, faults, expected = self.line, FaultDetector(self.source.live), None
+        self.asked_s: float | None = None
+        while not line.stopping:
+            line.beat()
             try:
-                frame = self.read_on_demand() if self.on_demand else self.read()
+                frame, part = self.read_on_demand() if self.on_demand else (self.read(), None)
             except InputError as exc:  # one broken file; the next read goes on behind it
-                self.line.spoil(self.source.name, str(exc))
+                line.spoil(self.source.name, str(exc))
                 self.asked_s = None
+                expected = None if expected is None else expected + 1  # its gap has been told
                 continue
             if frame is not None:
-                known = previous is not None and self.source.live
-                gap = max(0, frame.sequence - previous.sequence - 1) if known else 0
-                self.line.take(frame, faults.check(frame), gap)
-                previous = frame
+                gap = 0 if expected is None or not self.source.live else max(0, frame.sequence - expected)
+                line.take(frame, faults.check(frame), gap, part)
+                expected = frame.sequence + 1
+                self.pause_s = BACK_OFF_S[0]
 
     def read(self) -> Frame | None:
         line = self.line
@@ -71,8 +74,8 @@ class Capture:
                 line.beat()
         return None if line.stopping else self.source.read(READ_S)
 
-    def read_on_demand(self) -> Frame | None:
-        """Wait for a part that wants a frame, and take it.
+    def read_on_demand(self) -> tuple[Frame | None, Part | None]:
+        """Wait for a part that wants a frame. -> the frame for it; or one that came unasked, for nobody.
 
         One trigger at a time, and its frame before the next: so a frame cannot come to the wrong part.
         """
@@ -81,18 +84,19 @@ class Capture:
             part = line.parts.wanting(source.name, monotonic())
             if part is None:
                 line.part_opened.wait(READ_S)
-                return None
+                return None, None
         if source.software_trigger and self.asked_s is None:
             self.asked_s = monotonic()
             source.trigger()
         while part.open and not part.reason and not line.stopping:
             line.beat()
             if (frame := source.read(READ_S)) is not None:
-                if self.asked_s is not None and frame.captured_s >= self.asked_s:
-                    self.asked_s = None  # an earlier one came unasked, as cameras give some when they start
-                return frame
+                if self.asked_s is not None and frame.captured_s < self.asked_s:
+                    return frame, None  # as cameras give some when they start
+                self.asked_s = None
+                return frame, part
         if line.stopping or not source.software_trigger:
-            return None
+            return None, None
         raise CameraError(
             f"{source.name}: a trigger gave no frame in time; connecting anew, lest it comes for another part"
         )

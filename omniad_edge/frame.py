@@ -14,7 +14,7 @@ class Frame:
     sequence:   the number its camera or source gave it; a gap is frames that were lost before they reached us
     captured_s: time.monotonic() when it arrived
     source:     name of the source
-    item:       the file it came from; empty for a camera
+    item:       the image file it came from; empty for a camera or a film
     exposure_us, temperature_c: where the camera says so
     """
 

@@ -5,33 +5,36 @@
 `parts.py` decides; here are the threads and the clock. Every thread takes `lock` around `parts`.
 """
 
-import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from functools import partial
+from math import inf
 from time import monotonic
 from typing import Any
 from uuid import uuid4
 
 from .capture import Capture
+from .clock import keep_deadlines, stopped_by_signals, trigger_periodically
+from .credentials import without_credentials
 from .errors import InputError, OutputError
 from .frame import Frame
 from .outputs import Callback, OutputQueue
-from .parts import Part, Parts, View
+from .parts import QUEUE_FRAMES, Part, Parts, View
 from .result import Result
+from .side_by_side import side_by_side
 from .snapshot import CameraState, Counts, Snapshot
 from .sources import open_source
 from .verdict import NO_VERDICT, REJECT, Late, Origin, Record, Status, Verdict
 from .workers import Workers
 
+LOOK_S = 0.05  # a signal's handler only sets stop_asked; this often it is looked at
 TICK_S = 0.25  # idle threads look around this often
 MARGIN_S = 0.002  # a safe verdict is given this long before its deadline, to be there in time
 STOP_S = 0.4  # for threads, and as long again for outputs
 DRAIN_S = 10.0  # for outputs where the sources have ended by themselves
 WORKERS = 2  # one prepares a frame and judges a map while the other has the engine
-UNFETCHED = 1000  # verdicts of triggered parts that a `for` loop may be behind; ...
+UNFETCHED = 100  # verdicts of triggered parts that a `for` loop may be behind; ...
 UNFETCHED_FRAMES = 2  # ... with policy "every" it holds the cameras back instead
 
 
@@ -39,12 +42,15 @@ class Line:
     """detector: what inspects, usually a Detector: called with a list of frames and a product
     source:   where frames come from (see `open_source`), or several by name: {"top": ..., "side": ...}
     product:  whose threshold applies; may be changed while the line runs, for the parts that come then
-    trigger:  "frame": every frame is a part (also for a camera with a trigger line); "call": `trigger()` announces
-              parts; a number: seconds between parts; or an object with `start(trigger)` and `stop()`
+    trigger:  "frame": every frame is a part, right for a camera with a trigger line, too; "call": `trigger()`
+              announces parts; a number: seconds between parts; or an object with `start(trigger)` and `stop()`,
+              such as MqttTrigger. Announced parts take frames of cameras that are triggered by software, or the
+              first frame that arrives after the announcement
     policy:   where every frame is a part: "every" inspects each and holds the camera back when it is behind;
               "latest" drops, and counts, the frame that waits when a newer one comes
     deadline_ms: from the trigger, or the frame's arrival, to the verdict, which then is `on_timeout`: "reject" or
-              "no_verdict"; a result that comes later is recorded as late. Needed with triggers
+              "no_verdict"; a result that comes later is recorded as late. Needed with triggers. A defect that was
+              found in time in one of several frames rejects the part all the same (rule "any")
     views:    frames of every source for one triggered part; rule: "any" rejects a part if one of them is
               defective, "all" if every one is
     on_error: an exception of the engine, a callback or an output's code is reported and counted; "stop" also stops
@@ -86,10 +92,14 @@ class Line:
         self.detector, self.deadline_ms, self.on_error, self.name = detector, deadline_ms, on_error, name
         self.product = product
         self.period = trigger if not isinstance(trigger, str) else None
+        if getattr(trigger, "on_event", self) is None:
+            trigger.on_event = self.output_event
         sources = source if isinstance(source, Mapping) else {None: source}
         self.sources = {}
         for given, what in sources.items():
             opened = open_source(what)
+            if each_frame and policy == "every" and opened.live:
+                opened.buffer = max(getattr(opened, "buffer", 1), QUEUE_FRAMES)  # a short delay costs no frame
             opened.name = given or opened.name
             self.sources[opened.name] = opened
             if each_frame and opened.software_trigger:
@@ -108,7 +118,7 @@ class Line:
         self.stopping, self.stop_asked, self.error = False, False, None
         self.threads: list[threading.Thread] = []
         self.beats: dict[str, float] = {}
-        self.keeper_idle = True
+        self.next_due_s = inf  # the deadline that is being waited for
 
     @property
     def product(self) -> str | None:
@@ -116,10 +126,13 @@ class Line:
 
     @product.setter
     def product(self, product: str | None) -> None:
-        known = getattr(self.detector, "products", ())
-        if product is not None and known and product not in known:
-            raise InputError(f"product: expected one of {', '.join(known)}; got {product!r}")
-        self._product = product
+        self._product = self.known(product)
+
+    def known(self, product: str | None) -> str | None:
+        products = getattr(self.detector, "products", ())
+        if product is not None and products and product not in products:
+            raise InputError(f"product: expected one of {', '.join(products)}; got {product!r}")
+        return product
 
     # ---- use
 
@@ -139,50 +152,62 @@ class Line:
 
         Raises InputError for a source that can never work, and the error that stopped the line (on_error="stop").
         """
-        with self.signals():
-            self.start()
-            while not self.finished():
-                with self.changed:
-                    self.changed.wait(TICK_S / 5)  # a signal's handler only sets stop_asked
-            self.close()
+        self.check_new()
+        with stopped_by_signals(self):
+            try:
+                self.start()
+                while not self.finished():
+                    with self.changed:
+                        self.changed.wait(LOOK_S)
+            finally:
+                self.close()
         if self.error is not None:
             raise self.error
         return self.snapshot().counts
 
     def __iter__(self) -> Iterator[Verdict]:
         """Each verdict, while the line runs; leaving the loop stops it. With policy "every" it sets the pace."""
+        self.check_new()
         self.fetched = deque()
-        try:
-            with self.signals():
+        with stopped_by_signals(self):
+            try:
                 self.start()
-                while True:
-                    with self.lock:
-                        while not self.fetched and not self.finished():
-                            self.fetchable.wait(TICK_S / 5)
-                        if not self.fetched:
-                            break
-                        verdict = self.fetched.popleft()
-                        self.room.notify_all()
+                while (verdict := self.fetch()) is not None:
                     yield verdict
-        finally:
-            self.close()
+                self.close()
+                yield from self.fetched  # what the stop decided
+            finally:
+                self.close()
         if self.error is not None:
             raise self.error
+
+    def fetch(self) -> Verdict | None:
+        """The next verdict for the loop; None when the line has come to its end."""
+        with self.lock:
+            while not self.stop_asked and not self.fetched:
+                if self.finished():
+                    return None
+                self.fetchable.wait(LOOK_S)
+            if self.stop_asked:
+                return None
+            self.room.notify_all()
+            return self.fetched.popleft()
 
     def trigger(self, part_id: str | None = None, product: str | None = None) -> str:
         """Announce a part: exactly one verdict will carry its id, within the deadline. Returns at once.
 
         part_id: any text; None numbers them. product: None for the line's. -> the part's id.
-        Raises InputError if parts are not announced on this line, or it does not run.
+        Raises InputError if parts are not announced on this line, it does not run, or has no such product.
         """
         if self.parts.each_frame:
             raise InputError("trigger: every frame is a part on this line; make it with trigger='call'")
+        product = self.known(product) or self.product
         with self.lock:
             if self.state != "running":
                 raise InputError(f"trigger: this line is {self.state}; a part now would get no verdict")
             now_s = monotonic()
             part_id = str(part_id) if part_id is not None else str(self.parts.triggers + 1)
-            self.parts.trigger(part_id, product or self.product, now_s, self.deadline_of(now_s))
+            self.parts.trigger(part_id, product, now_s, self.deadline_of(now_s))
             for name, camera in self.cameras.items():
                 if camera.state != "running":
                     self.parts.lose_camera(name, f"camera {camera.state}: {name}")
@@ -218,22 +243,27 @@ class Line:
 
     # ---- start and end
 
-    def start(self) -> None:
-        if self.threads:
+    def check_new(self) -> None:
+        if self.state != "starting" or self.threads:
             raise InputError("this line was started before; make a new one")
+
+    def start(self) -> None:
         workers = Workers(self, self.detector, self.deadline_ms)
+        raised = side_by_side(
+            [workers.measure], inf, lambda: self.stop_asked
+        )  # the engine may hang from the start
+        if raised:
+            raise raised[0]
         for output in self.outputs:
             output.start()
         self.state, self.started_s = "running", monotonic()
         with self.lock:
-            self.tell(
-                "line started", "", f"{', '.join(self.sources)}; up to {workers.batch} frames an engine call"
-            )
-        jobs = [("deadlines", self.keep_deadlines)]
+            self.tell("line started", "", f"{', '.join(self.sources)}; engine calls of up to {workers.batch}")
+        jobs = [("deadlines", partial(keep_deadlines, self))]
         jobs += [(f"worker {index}", partial(workers.run, keeps_warm=index == 0)) for index in range(WORKERS)]
         jobs += [(f"camera {name}", Capture(self, source).run) for name, source in self.sources.items()]
         if isinstance(self.period, int | float):
-            jobs.append(("trigger", self.trigger_periodically))
+            jobs.append(("trigger", partial(trigger_periodically, self, self.period)))
         for name, job in jobs:
             self.threads.append(threading.Thread(target=self.guarded, args=(name, job), name=name, daemon=True))
         for thread in self.threads:
@@ -245,14 +275,14 @@ class Line:
         """A thread's whole life: an error of ours stops the line in the safe state, never only the thread."""
         try:
             job()
-        except Exception as exc:
+        except BaseException as exc:
             self.fail(exc)
         finally:
             with self.lock:
                 self.beats.pop(name, None)
                 self.changed.notify_all()
 
-    def fail(self, error: Exception) -> None:
+    def fail(self, error: BaseException) -> None:
         self.error = self.error or error
         self.stop()
 
@@ -262,72 +292,63 @@ class Line:
         return self.stop_asked or self.stopping or (ended and not self.parts.open_parts)
 
     def close(self) -> None:
-        """Stop: open parts get a safe verdict, outputs what time is left to write. Within a second."""
-        asked = self.stop_asked or not self.threads or self.error is not None
+        """Stop: open parts get a safe verdict, outputs what time is left to write. Within a second.
+
+        Where the sources have ended by themselves the outputs have DRAIN_S, unless a stop is asked for meanwhile.
+        """
         with self.lock:
             if self.stopping:
                 return
             self.stopping = True
             for condition in (self.frame_waits, self.room, self.part_opened, self.fetchable, self.changed):
                 condition.notify_all()
-        if hasattr(self.period, "stop"):
-            self.period.stop()
-        for source in self.sources.values():
-            source.close()
-        end = monotonic() + STOP_S
-        for thread in self.threads:
-            if thread is not threading.current_thread():
-                thread.join(max(0.0, end - monotonic()))
+        ends = [self.period.stop] if hasattr(self.period, "stop") else []
+        ends += [source.close for source in self.sources.values()]
+        ends += [thread.join for thread in self.threads if thread is not threading.current_thread()]
+        raised = side_by_side(ends, STOP_S)
         with self.lock:
             self.state = "stopped"
             self.parts.close("line stopped")
             self.deliver()
             self.beats.clear()
-            self.tell(
-                "line stopped", "", "" if self.error is None else f"{type(self.error).__name__}: {self.error}"
-            )
-        end = monotonic() + (STOP_S if asked else DRAIN_S)
-        for output in self.outputs:
-            output.close(max(0.0, end - monotonic()))
-
-    @contextmanager
-    def signals(self) -> Iterator[None]:
-        """SIGINT and SIGTERM stop the line; only a program's main thread can be asked that way."""
-        if threading.current_thread() is not threading.main_thread():
-            yield
-            return
-        before = {
-            number: signal.signal(number, lambda *_: self.stop()) for number in (signal.SIGINT, signal.SIGTERM)
-        }
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+            for error in raised:
+                self.tell("close failed", "", repr(error))
+            self.tell("line stopped", "", repr(self.error) if self.error else "")
+        time_s = STOP_S if self.stop_asked else DRAIN_S
+        side_by_side(
+            [partial(output.close, time_s) for output in self.outputs],
+            time_s + STOP_S / 4,
+            lambda: time_s == DRAIN_S and self.stop_asked,
+        )
 
     # ---- what capturing threads say (see `capture.py`)
 
-    def take(self, frame: Frame, fault: str, gap: int) -> None:
-        """A frame, what makes it unfit, and how many the camera lost before it."""
-        source, camera, first = frame.source, self.cameras[frame.source], frame.sequence - gap
+    def take(self, frame: Frame, fault: str, gap: int, part: Part | None = None) -> None:
+        """A frame, what makes it unfit, how many the camera lost before it, and the part it was asked for."""
+        source, camera = frame.source, self.cameras[frame.source]
+        due_s = self.deadline_of(frame.captured_s)
         with self.lock:
+            if self.state != "running":
+                return
             if fault != camera.fault:
                 camera.fault = fault
                 self.tell("camera fault" if fault else "camera well", source, fault)
-            lost = [f"{source}-{number}" for number in range(first, frame.sequence)]
-            self.parts.lose(source, lost, self.product, frame.captured_s)
+            self.parts.lose(source, range(frame.sequence - gap, frame.sequence), self.product, frame.captured_s)
             part_id = frame.item or f"{source}-{frame.sequence}"
-            self.parts.capture(frame, fault, self.product, self.deadline_of(frame.captured_s), part_id)
+            self.parts.capture(frame, fault, self.product, due_s, part_id, part)
             self.deliver()
             self.frame_waits.notify()
-            if self.keeper_idle and self.deadline_ms is not None:
+            if due_s is not None and due_s < self.next_due_s:
                 self.part_opened.notify_all()
 
     def spoil(self, source: str, detail: str) -> None:
         """A file of this source cannot be read: its part gets a verdict all the same."""
         with self.lock:
+            if self.state != "running":
+                return
             part_id = f"{source}-unreadable-{self.parts.lost_frames[source] + 1}"
-            self.parts.spoil(source, f"unreadable frame: {detail}", part_id, self.product, monotonic())
+            reason = f"unreadable frame: {without_credentials(detail)}"
+            self.parts.spoil(source, reason, part_id, self.product, monotonic())
             self.tell("frame unreadable", source, detail)
             self.deliver()
 
@@ -375,34 +396,15 @@ class Line:
                     self.put(Late(self.origin(), part.part_id, 1e3 * (now_s - due_s), result, view.frame))
             self.deliver()
 
-    def engine_failed(self, view: View, error: Exception) -> None:
+    def engine_failed(self, view: View | None, error: Exception) -> None:
+        """view: what it was working on; None for a blank frame to keep it warm."""
         with self.lock:
-            self.parts.fail(view, f"engine failed: {error}")
+            if view is not None:
+                self.parts.fail(view, without_credentials(f"engine failed: {error}"))
             self.tell("engine failed", "", f"{type(error).__name__}: {error}")
             self.deliver()
         if self.on_error == "stop":
             self.fail(error)
-
-    # ---- the clock
-
-    def keep_deadlines(self) -> None:
-        while not self.stopping:
-            with self.lock:
-                self.beat()
-                self.parts.expire(monotonic())
-                self.deliver()
-                due_s = self.parts.next_deadline_s()
-                # Deadlines come in the order of triggers: no new part's is before `due_s`.
-                self.keeper_idle = due_s is None
-                self.part_opened.wait(TICK_S if due_s is None else min(TICK_S, max(0.0, due_s - monotonic())))
-
-    def trigger_periodically(self) -> None:
-        next_s = monotonic()
-        while not self.stopping:
-            next_s += self.period
-            self.pause(next_s - monotonic())
-            if not self.stopping:
-                self.trigger()
 
     # ---- what is said; the lock is held
 
@@ -414,7 +416,7 @@ class Line:
     def deliver(self) -> None:
         """Give the verdicts that are due, in order."""
         while self.parts.decided:
-            verdict = verdict_on(self.parts.decided.popleft(), self.origin(), monotonic())
+            verdict = self.parts.decided.popleft().verdict(self.origin(), monotonic())
             self.put(verdict)
             if self.fetched is not None:
                 self.fetched.append(verdict)
@@ -432,7 +434,7 @@ class Line:
             output.put(record)
 
     def tell(self, event: str, who: str, detail: str) -> None:
-        self.put(Status(self.origin(), event, who, detail))
+        self.put(Status(self.origin(), event, who, without_credentials(detail)))
 
     def output_event(self, event: str, who: str, detail: str) -> None:
         with self.lock:
@@ -441,26 +443,12 @@ class Line:
             self.fail(OutputError(f"{who}: {detail}"))
 
     def beat(self) -> None:
+        """This thread is alive and not in a call that may take long."""
         self.beats[threading.current_thread().name] = monotonic()
 
-
-def verdict_on(part: Part, origin: Origin, now_s: float) -> Verdict:
-    """part: gives up its views; their cycle with it would keep pictures until the garbage collector comes."""
-    views, part.views = part.views, []
-    results = tuple(view.result for view in views if view.fate == "inspected")
-    frames = tuple(view.frame for view in views)
-    return Verdict(
-        origin=origin,
-        part_id=part.part_id,
-        decision=part.decision,
-        reason=part.reason,
-        product=results[0].product if results else part.product or "",
-        product_assumed=results[0].product_assumed if results else part.product is None,
-        latency_ms=1e3 * (now_s - part.triggered_s),
-        age_ms=1e3 * (now_s - min(frame.captured_s for frame in frames)) if frames else None,
-        results=results,
-        frames=frames,
-    )
+    def rest(self) -> None:
+        """This thread may be silent for a while."""
+        self.beats.pop(threading.current_thread().name, None)
 
 
 class Camera:

@@ -236,7 +236,8 @@ class MqttTrigger:
     """Announces a part for every message on a topic; connects again by itself.
 
     url:      mqtt:// or mqtts://user:password@host:port/topic; ca_file as for Mqtt
-    on_event: on_event(event, who, detail): "trigger lost", "trigger back", "trigger fault"
+    on_event: on_event(event, who, detail): "trigger lost", "trigger back", "trigger fault"; by default they become
+        status records of the line
 
     A message is the part's id as text, or JSON as {"part_id": "A7"}; an empty one, and one that is neither (a
     "trigger fault"), is a part without an id: it lies before the camera all the same. Retained messages and those
@@ -248,7 +249,7 @@ class MqttTrigger:
         url: str,
         *,
         ca_file: str | None = None,
-        on_event: Callable[[str, str, str], None] = lambda event, who, detail: None,
+        on_event: Callable[[str, str, str], None] | None = None,
     ) -> None:
         load_paho()
         self._address = parse_address(url, PORTS)
@@ -259,7 +260,7 @@ class MqttTrigger:
                 "MqttTrigger: expected a topic, as in mqtt://host/line3/trigger; got an address without"
             )
         self._tls = trusted(ca_file) if self._address.scheme == "mqtts" else None
-        self._on_event = on_event
+        self.on_event = on_event
         self._client: Any = None
         self._trigger: Callable[[str | None], Any] | None = None
         self._lost = False
@@ -304,8 +305,10 @@ class MqttTrigger:
             self._tell("trigger lost", reason)
 
     def _tell(self, event: str, detail: str) -> None:
+        if self.on_event is None:
+            return
         try:
-            self._on_event(event, self.name, detail)
+            self.on_event(event, self.name, detail)
         except Exception:  # or paho's thread would end, and with it all triggers
             traceback.print_exc()
 

@@ -379,4 +379,8 @@ class Callback(Output):
 
     def write(self, records: list[Record]) -> None:
         for verdict in records:
-            self._function(verdict)
+            try:
+                self._function(verdict)
+            except (OutputError, OSError) as exc:
+                # Not to be tried again, as an output's would be: the next verdict is the one that matters.
+                raise RuntimeError(in_words(exc)) from exc

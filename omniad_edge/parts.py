@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from .frame import Frame
 from .result import Result
 from .snapshot import Counts
-from .verdict import ACCEPT, NO_VERDICT, REJECT, combine
+from .verdict import ACCEPT, NO_VERDICT, REJECT, Origin, Verdict, combine
 
 MAX_OPEN_PARTS = 1000  # with triggers that nobody answers; each further one is decided at once
 QUEUE_FRAMES = 8  # of one camera, taken but not inspected; then, with `every`, it is held back
@@ -37,6 +37,24 @@ class Part:
         seen = not any(self.needed.values()) and all(view.result is not None for view in self.views)
         return bool(self.reason) or seen
 
+    def verdict(self, origin: Origin, now_s: float) -> Verdict:
+        """Once: the views go with it, as their cycle with the part would keep pictures in memory."""
+        views, self.views = self.views, []
+        results = tuple(view.result for view in views if view.fate == "inspected")
+        frames = tuple(view.frame for view in views)
+        return Verdict(
+            origin=origin,
+            part_id=self.part_id,
+            decision=self.decision,
+            reason=self.reason,
+            product=results[0].product if results else self.product or "",
+            product_assumed=results[0].product_assumed if results else self.product is None,
+            latency_ms=1e3 * (now_s - self.triggered_s),
+            age_ms=1e3 * (now_s - min(frame.captured_s for frame in frames)) if frames else None,
+            results=results,
+            frames=frames,
+        )
+
 
 @dataclass(eq=False)
 class View:
@@ -53,7 +71,8 @@ class Parts:
     each_frame: every frame is a part of its own; else parts are triggered and need `views` frames of every source
     policy:     "every": whoever captures waits while `full(source)`; "latest": a newer frame replaces one that
                 waits, which is dropped and gets no verdict. Of triggered parts no frame is ever replaced.
-    safe:       decision of a part that the network did not decide, "reject" or "no_verdict"
+    safe:       decision of a part that the network did not decide, "reject" or "no_verdict"; with rule "any" it is
+                "reject" all the same if a defect was found in one of its frames
     """
 
     def __init__(
@@ -86,13 +105,24 @@ class Parts:
         return part
 
     def capture(
-        self, frame: Frame, fault: str, product: str | None, deadline_s: float | None, part_id: str = ""
+        self,
+        frame: Frame,
+        fault: str,
+        product: str | None,
+        deadline_s: float | None,
+        part_id: str = "",
+        part: Part | None = None,
     ) -> None:
-        """A frame has arrived. fault: what makes it unfit to be inspected, in words, else empty."""
+        """A frame has arrived.
+
+        fault: what makes it unfit to be inspected, in words, else empty
+        part:  the one it was taken for, and no other; None where frames come by themselves
+        """
         source = frame.source
         self.captured[source] += 1
-        part = None
-        if self.each_frame:
+        if part is not None:
+            part = part if part.needed[source] and not part.reason else None
+        elif self.each_frame:
             if self.policy == "latest":
                 self.replace_waiting(source)
             if self.policy == "every" or len(self.lanes[source]) < OPEN_FRAMES:
@@ -109,17 +139,21 @@ class Parts:
         self.fates[source]["waiting"] += 1
         if fault:
             self.fail(view, f"camera fault: {fault}")
-        elif self.queued(source) >= QUEUE_FRAMES and self.policy == "every" and not self.each_frame:
+        elif self.queued(source) >= QUEUE_FRAMES and not self.each_frame:
             self.fail(view, f"overload: {QUEUE_FRAMES} frames wait to be inspected")
         else:
             self.waiting.append(view)
 
-    def lose(self, source: str, part_ids: Sequence[str], product: str | None, now_s: float) -> None:
-        """The camera's numbering shows that frames never arrived; where every frame is a part, each was one."""
-        self.lost_frames[source] += len(part_ids)
+    def lose(self, source: str, numbers: range, product: str | None, now_s: float) -> None:
+        """The camera's numbering shows that frames never arrived; where every frame is a part, each was one.
+
+        Of a jump too large to be true, such as a counter that was set anew, the last MAX_OPEN_PARTS get a verdict.
+        """
+        self.lost_frames[source] += len(numbers)
         if self.each_frame and self.policy == "every":
-            for part_id in part_ids[-MAX_OPEN_PARTS:]:
-                self.announce(source, Part(part_id, product, now_s, None, {source: 1}, reason="frame lost"))
+            for number in numbers[-MAX_OPEN_PARTS:]:
+                part_id, reason = f"{source}-{number}", "frame lost by the camera or on its way here"
+                self.announce(source, Part(part_id, product, now_s, None, {source: 1}, reason=reason))
 
     def spoil(self, source: str, reason: str, part_id: str, product: str | None, now_s: float) -> None:
         """Something came that cannot be read as a frame: its part is decided."""
@@ -232,7 +266,7 @@ class Parts:
         part.reason = reason
         for view in part.views:
             if view.fate == "waiting":
-                self.move(view, "late")
+                self.move(view, "late" if view.result is None else "inspected")
             if view in self.waiting:
                 self.waiting.remove(view)  # behind an engine that hangs they would pile up
         self.flush()
@@ -243,10 +277,12 @@ class Parts:
             while lane and lane[0].complete:
                 part = lane.popleft()
                 part.open = False
+                found = combine(tuple(view.result for view in part.views if view.result), self.rule)
                 if part.reason:
-                    part.decision = self.safe
+                    # One defect in hand is enough for "any"; whatever is missing could not make the part good.
+                    part.decision = REJECT if found == REJECT and self.rule == "any" else self.safe
                 else:
-                    part.decision = combine(tuple(view.result for view in part.views), self.rule)
+                    part.decision = found
                     for view in part.views:
                         self.move(view, "inspected")
                 self.decisions[part.decision] += 1

@@ -12,8 +12,8 @@ class Counts:
 
     captured:  frames that reached the line, since it started
     inspected: their results counted in a verdict
-    dropped:   left out unseen: a newer one took their place, no part wanted them, the line stopped
-    late:      inspected, but after their part's verdict was given
+    dropped:   left out unseen: a newer one took their place, or no part wanted them
+    late:      their part's verdict was given without them, whether or not a result came afterwards
     failed:    unfit to be inspected (a camera fault), or the detector raised an error
     waiting:   in a queue or in the engine now
     """

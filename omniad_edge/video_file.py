@@ -31,17 +31,18 @@ class VideoFile:
         capture = cv2.VideoCapture(str(self.path), cv2.CAP_FFMPEG)
         if not capture.isOpened():
             raise InputError(f"{self.path}: not a video, damaged, or of a codec that OpenCV's FFmpeg lacks")
-        self._capture, self._sequence = capture, 0
+        self._capture, self._sequence, self._told = capture, 0, False
 
     def read(self, timeout_s: float) -> Frame | None:
         if self._capture is None:
             raise CameraError(f"{self.name}: is not open; call open() first")
         there, image = self._capture.read()
         if not there:
-            if self._sequence == 0:
+            if self._sequence == 0 and not self._told:
+                self._told = True
                 raise InputError(f"{self.path}: none of its frames can be decoded")
             raise EndOfSource(f"{self.path}: {self._sequence} frames")
-        frame = Frame(image, self._sequence, time.monotonic(), self.name, item=str(self.path))
+        frame = Frame(image, self._sequence, time.monotonic(), self.name)
         self._sequence += 1
         return frame
 

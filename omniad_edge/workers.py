@@ -20,18 +20,21 @@ BLANK = np.zeros((64, 64, 3), np.uint8)
 
 
 class Workers:
-    """Measures the detector, which is the engine's warm-up too, and inspects with it.
+    """Inspects with a detector. `measure` comes first, and is the engine's warm-up too.
 
     batch: frames a call may take. A call of several is good for throughput and bad for the first frame in it, so
         it has to take less than 0.7 times as long per frame, and under half of the deadline.
     """
 
     def __init__(self, line: "Line", detector: Callable, deadline_ms: float | None) -> None:
-        self.line, self.detector = line, detector
-        self.batch, self.call_s = 1, self.seconds_for(1)
-        while self.batch < MAX_BATCH:
+        self.line, self.detector, self.deadline_ms = line, detector, deadline_ms
+        self.batch, self.call_s = 1, 0.0
+
+    def measure(self) -> None:
+        self.call_s = self.seconds_for(1)
+        while self.batch < MAX_BATCH and not self.line.stop_asked:
             taken_s = self.seconds_for(2 * self.batch)
-            too_late = deadline_ms is not None and taken_s > deadline_ms / 2e3
+            too_late = self.deadline_ms is not None and taken_s > self.deadline_ms / 2e3
             if taken_s > 0.7 * 2 * self.batch * self.call_s or too_late:
                 break
             self.batch *= 2
@@ -59,7 +62,13 @@ class Workers:
             if views:
                 self.inspect(views)
             elif keeps_warm:
-                self.detector([BLANK], line.product)
+                self.keep_warm()
+
+    def keep_warm(self) -> None:
+        try:
+            self.detector([BLANK], self.line.product)
+        except Exception as exc:
+            self.line.engine_failed(None, exc)
 
     def inspect(self, views: list["View"]) -> None:
         try:

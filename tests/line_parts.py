@@ -1,6 +1,7 @@
 """A camera and a detector that do what a test tells them."""
 
 import threading
+from dataclasses import replace
 from queue import Empty, Queue
 from time import monotonic
 
@@ -24,10 +25,13 @@ class FakeCamera:
     def push(self, value: int = 1, lost: int = 0) -> None:
         """A frame all of this value, after so many lost ones."""
         self.sequence += lost
+        self.queue.put(self.make(value))
+
+    def make(self, value: int = 1) -> Frame:
         image = np.random.default_rng(self.sequence).integers(60, 200, (8, 8, 3), np.uint8)
         image[0, 0] = value
-        self.queue.put((image, self.sequence))
         self.sequence += 1
+        return Frame(image, self.sequence - 1, 0.0, self.name)
 
     def lose(self) -> None:
         self.queue.put(CameraError(f"{self.name}: connection reset"))
@@ -48,7 +52,7 @@ class FakeCamera:
             return None
         if isinstance(item, Exception):
             raise item
-        return Frame(item[0], item[1], monotonic(), self.name)
+        return replace(item, captured_s=monotonic(), source=self.name)
 
     def trigger(self) -> None:
         self.triggers += 1

@@ -8,6 +8,7 @@ import sys
 import textwrap
 import threading
 import weakref
+from dataclasses import replace
 from time import monotonic
 
 import cv2
@@ -16,7 +17,9 @@ import pytest
 from line_parts import FakeCamera, FakeDetector
 from records import PATIENCE_S, check, wait_until
 
+from omniad_edge import clock
 from omniad_edge.errors import InputError, OutputError
+from omniad_edge.frame import Frame
 from omniad_edge.line import Line
 from omniad_edge.outputs import Output
 from omniad_edge.parts import OPEN_FRAMES
@@ -258,8 +261,8 @@ def test_frames_the_camera_lost_get_a_verdict():
         verdicts = r.keeper.wait(4)
     assert [(v.part_id, v.reason) for v in verdicts] == [
         ("cam-0", ""),
-        ("cam-1", "frame lost"),
-        ("cam-2", "frame lost"),
+        ("cam-1", "frame lost by the camera or on its way here"),
+        ("cam-2", "frame lost by the camera or on its way here"),
         ("cam-3", ""),
     ]
 
@@ -267,7 +270,7 @@ def test_frames_the_camera_lost_get_a_verdict():
 def test_a_faulty_frame_is_not_scored():
     with Running() as r:
         r.camera.push()
-        r.camera.queue.put((np.zeros((480, 640, 3), np.uint8), 1))
+        r.camera.queue.put(Frame(np.zeros((480, 640, 3), np.uint8), 1, 0.0, ""))
         first, second = r.keeper.wait(2)
         assert first.decision == "accept"
         assert (second.decision, second.reason, second.results) == ("reject", "camera fault: black frame", ())
@@ -423,3 +426,118 @@ def test_signals_stop_the_line_with_every_part_decided(number):
     out, err = process.communicate(timeout=PATIENCE_S)
     assert (process.returncode, out, err) == (0, "1 1\n", "")
     assert monotonic() - start < 1.5  # with the end of Python; the line itself under one
+
+
+def test_a_frame_that_comes_too_late_for_its_part_is_not_the_next_ones():
+    camera = FakeCamera(software_trigger=True, answers=False)
+    with Running(camera, trigger="call", deadline_ms=60) as r:
+        r.line.trigger("1")
+        wait_until(lambda: camera.triggers == 1)
+        r.keeper.wait(1)  # its deadline has come; the camera is still being read
+        camera.push(120)
+        wait_until(lambda: r.line.snapshot().counts.dropped == 1)
+        camera.answers = True
+        r.line.trigger("2")
+        second = r.keeper.wait(2)[1]
+        assert (second.part_id, second.decision) == ("2", "accept")
+
+
+def test_an_error_while_keeping_warm_is_reported_and_the_line_goes_on():
+    with Running() as r:
+        call, failed = r.detector.__class__.__call__, threading.Event()
+
+        def fail_once(self, images, product=None):
+            if not failed.is_set() and not images[0].any():
+                failed.set()
+                raise RuntimeError("the driver was reset")
+            return call(self, images, product)
+
+        r.detector.__class__ = type("Failing", (FakeDetector,), {"__call__": fail_once})
+        assert "the driver was reset" in r.keeper.wait_event("engine failed").detail
+        r.camera.push()
+        assert r.keeper.wait(1)[0].decision == "accept"
+
+
+def test_a_callback_that_fails_like_a_network_is_not_called_again_for_the_same_part():
+    seen = []
+
+    def act(verdict):
+        seen.append(verdict.part_id)
+        raise ConnectionResetError("the PLC hung up")
+
+    frames = [np.full((8, 8, 3), 50, np.uint8)] * 3
+    keeper = Keeper()
+    Line(FakeDetector(), frames).add(act, keeper).run()
+    assert len(seen) == len(set(seen)) == 3
+    assert "the PLC hung up" in keeper.wait_event("output error").detail
+
+
+def test_credentials_do_not_reach_records():
+    def act(verdict):
+        raise ValueError("http://admin:hunter2@plc/coil answered 500")
+
+    frames = [np.full((8, 8, 3), 50, np.uint8)]
+    keeper = Keeper()
+    Line(FakeDetector(), frames).add(act, keeper).run()
+    assert "plc/coil" in keeper.wait_event("output error").detail
+    assert not any("hunter2" in str(record.to_dict()) for record in keeper.records)
+
+
+def test_an_old_frame_of_another_camera_keeps_its_own_deadline(monkeypatch):
+    monkeypatch.setattr(clock, "TICK_S", 60.0)  # nobody looks by chance
+    cameras = {"fast": FakeCamera(), "slow": FakeCamera()}
+    r = Running(cameras, deadline_ms=15_000)
+    with r:
+        wait_until(lambda: all(c.state == "running" for c in r.line.snapshot().cameras))
+        r.detector.gate.clear()
+        cameras["fast"].push()
+        assert r.detector.entered.wait(PATIENCE_S)
+        r.line.take(replace(cameras["slow"].make(), captured_s=monotonic() - 14.9), "", 0)
+        (first,) = r.keeper.wait(1)
+        assert first.frames[0].source == "slow" and first.latency_ms < 20_000  # not at the other's, at 29,900
+        r.detector.gate.set()
+
+
+def test_a_watched_folders_broken_file_gets_one_verdict(tmp_path):
+    class Folder(FakeCamera):
+        def read(self, timeout_s):
+            frame = super().read(timeout_s)
+            if frame is not None and frame.sequence == 1:
+                raise InputError("1.png: damaged")
+            return frame
+
+    with Running(Folder()) as r:
+        for _ in range(3):
+            r.camera.push()
+        verdicts = r.keeper.wait(3)
+        assert [v.reason for v in verdicts] == ["", "unreadable frame: 1.png: damaged", ""]
+        assert r.line.snapshot().cameras[0].lost_frames == 1
+
+
+def test_an_unknown_product_is_refused_where_it_is_named():
+    with (
+        Running(trigger="call", deadline_ms=1000) as r,
+        pytest.raises(InputError, match="expected one of gear, cap"),
+    ):
+        r.line.trigger("1", product="nut")
+
+
+def test_opening_a_camera_is_no_sign_of_a_hanging_line():
+    camera, opening, go = FakeCamera(), threading.Event(), threading.Event()
+    plain = camera.open
+
+    def slow():
+        opening.set()
+        go.wait(PATIENCE_S)
+        plain()
+
+    camera.open = slow
+    line = Line(FakeDetector(), {"slow": camera, "quick": FakeCamera()})
+    thread = threading.Thread(target=line.run)
+    thread.start()
+    assert opening.wait(PATIENCE_S)
+    wait_until(lambda: line.snapshot().state == "running" and "camera slow" not in line.beats)
+    go.set()
+    wait_until(lambda: "camera slow" in line.beats)
+    line.stop()
+    thread.join(PATIENCE_S)

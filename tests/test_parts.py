@@ -71,7 +71,8 @@ def test_any_schedule(steps, each_frame, policy, views, deadline_s):
         elif step == "fail" and taken:
             parts.fail(taken.pop(args[0] % len(taken)), "engine failed")
         elif step == "lose":
-            parts.lose(args[0], [f"l{now:.9f}-{n}" for n in range(args[1])], None, now)
+            sequence += args[1]
+            parts.lose(args[0], range(sequence - args[1], sequence), None, now)
         elif step == "camera":
             parts.lose_camera(args[0], "camera lost")
         elif step == "wait":
@@ -153,6 +154,27 @@ def test_expired_frames_are_not_inspected():
     assert parts.next_views(8) == [] and not parts.waiting
 
 
+@pytest.mark.parametrize("rule, decision", [("any", REJECT), ("all", NO_VERDICT)])
+def test_a_defect_found_in_time_counts_without_the_other_frames(rule, decision):
+    parts = Parts(("top", "side"), each_frame=False, rule=rule, safe=NO_VERDICT)
+    parts.trigger("1", None, 0.0, 0.05)
+    parts.capture(frame("top", at=0.01), "", None, None)
+    inspect_all(parts, BAD)
+    parts.expire(0.05)
+    (part,) = parts.decided
+    assert (part.decision, part.reason) == (decision, "deadline: no frame from side")
+    assert [view.fate for view in part.views] == ["inspected"]
+
+
+def test_a_frame_is_for_the_part_it_was_taken_for_and_no_other():
+    parts = Parts(("a",), each_frame=False)
+    first = parts.trigger("1", None, 0.0, 0.05)
+    parts.trigger("2", None, 0.01, 9.0)
+    parts.expire(0.05)
+    parts.capture(frame(at=0.06), "", None, None, part=first)
+    assert parts.counts("a").dropped == 1 and not parts.waiting
+
+
 def test_a_missing_frame_is_named():
     parts = Parts(("top", "side"), each_frame=False)
     parts.trigger("1", None, 0.0, 0.05)
@@ -218,9 +240,12 @@ def test_a_hanging_inspection_bounds_what_piles_up_behind_it(policy):
 
 def test_frames_the_camera_lost_are_parts_without_a_frame():
     parts = Parts(("a",))
-    parts.lose("a", ["a-1", "a-2"], None, 0.0)
-    assert decided(parts) == [("a-1", REJECT, "frame lost"), ("a-2", REJECT, "frame lost")]
+    parts.lose("a", range(1, 3), None, 0.0)
+    reason = "frame lost by the camera or on its way here"
+    assert decided(parts) == [("a-1", REJECT, reason), ("a-2", REJECT, reason)]
     assert parts.counts("a").captured == 0 and parts.lost_frames["a"] == 2
+    parts.lose("a", range(10**9), None, 0.0)  # a counter set anew
+    assert len(decided(parts)) == MAX_OPEN_PARTS
 
 
 def test_triggers_that_nobody_answers_are_bounded():

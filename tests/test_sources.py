@@ -206,7 +206,7 @@ def test_video(video):
         frames = read_all(source)
         assert [frame.sequence for frame in frames] == list(range(6))
         assert [round(frame.image.mean() / 40) for frame in frames] == list(range(6))
-        assert frames[0].image.shape == (48, 64, 3) and frames[0].item == str(video)
+        assert frames[0].image.shape == (48, 64, 3) and frames[0].item == ""  # not one per frame
     assert len(read_all(source)) == 6  # opened again
 
 
@@ -219,6 +219,16 @@ def test_not_a_video(tmp_path, video):
     video.unlink()
     with pytest.raises(InputError, match="there is none"):
         source.open()
+
+
+def test_a_video_without_a_frame_that_can_be_decoded_ends(video):
+    video.write_bytes(video.read_bytes()[:5_700])  # its header alone
+    source = open_source(video)
+    source.open()
+    with pytest.raises(InputError, match="none of its frames can be decoded"):
+        source.read(0)
+    with pytest.raises(EndOfSource):
+        source.read(0)
 
 
 def test_folder(tmp_path):
