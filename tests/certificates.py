@@ -22,10 +22,15 @@ def make_certificates(folder: Path) -> Certificates:
     made = Certificates(folder / "ca.pem", folder / "server.pem", folder / "server.key")
     new = ["req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2"]
     ca_key = folder / "ca.key"
-    openssl(*new, "-subj", "/CN=test authority", "-keyout", ca_key, "-out", made.ca)
+    # Python 3.13 asks an authority for both extensions.
+    authority = ["-addext", "basicConstraints=critical,CA:TRUE", "-addext", "keyUsage=critical,keyCertSign"]
+    openssl(*new, *authority, "-subj", "/CN=test authority", "-keyout", ca_key, "-out", made.ca)
     request = folder / "server.csr"
     extensions = folder / "extensions.txt"
-    extensions.write_text("subjectAltName=DNS:localhost\nbasicConstraints=CA:FALSE\n")
+    extensions.write_text(
+        "subjectAltName=DNS:localhost\nbasicConstraints=CA:FALSE\nauthorityKeyIdentifier=keyid\n"
+        "keyUsage=digitalSignature\nextendedKeyUsage=serverAuth\n"
+    )
     new = ["req", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes"]
     openssl(*new, "-subj", "/CN=localhost", "-keyout", made.key, "-out", request)
     signing = ["x509", "-req", "-in", request, "-CA", made.ca, "-CAkey", ca_key, "-CAcreateserial", "-days", "2"]
