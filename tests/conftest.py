@@ -21,6 +21,17 @@ def rng() -> np.random.Generator:
     return np.random.default_rng(0)
 
 
+@pytest.fixture
+def draw():
+    """draw(*shape, dtype, scale, mean): normally distributed values on the CPU, drawn in float64."""
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int, dtype=torch.float32, scale: float = 1.0, mean: float = 0.0) -> torch.Tensor:
+        return (mean + scale * torch.randn(*shape, generator=generator, dtype=torch.float64)).to(dtype)
+
+    return draw
+
+
 @pytest.fixture(scope="session")
 def golden_dir() -> Path:
     """Folder of float64 reference values of the published network; not part of the repository."""

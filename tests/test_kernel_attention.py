@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from guarded import empty, guarded, unharmed
 
 pytest.importorskip("triton", reason="the kernels need Triton: pip install 'omniad-edge[kernels]'")
 
@@ -22,9 +23,7 @@ from omniad_edge.kernels.jit import run
 from omniad_edge.kernels.network import TorchOps
 from omniad_edge.kernels.plan import Launch
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = [torch.float16, torch.float32]
-GUARD = 4096  # elements in front of and behind each buffer, a multiple of the 256 bytes that Triton may assume
 PARTS = ("part_max", "part_sum", "part_o", "part_v")
 # height, width, channels, tokens: one position, the smallest map, odd ones, a tile less, one more, several parts
 SIZES = [(1, 1, 64, 1), (2, 3, 256, 16), (3, 5, 128, 36), (4, 4, 64, 64), (1, 17, 64, 100), (7, 19, 64, 16)]
@@ -38,34 +37,14 @@ all_sizes = pytest.mark.parametrize(
 both_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
-@pytest.fixture
-def draw():
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(*shape: int, dtype=torch.float32, scale: float = 1.0, mean: float = 0.0) -> torch.Tensor:
-        value = mean + scale * torch.randn(*shape, generator=generator, dtype=torch.float64)
-        return value.to(dtype)
-
-    return draw
-
-
-def guarded(value: torch.Tensor) -> torch.Tensor:
-    """The tensor on the device, NaN in front of it and behind it: a stray read shows."""
-    memory = torch.full((value.numel() + 2 * GUARD,), float("nan"), dtype=value.dtype, device=DEVICE)
-    memory[GUARD:-GUARD] = value.flatten().to(DEVICE)
-    return memory[GUARD:-GUARD].view(value.shape)
-
-
 def launch(calls, inputs: dict, outputs: dict) -> dict:
     """outputs: name -> (shape, dtype) of what the calls write, all of it and nothing around it."""
-    made = {n: guarded(torch.full(shape, float("nan"), dtype=dtype)) for n, (shape, dtype) in outputs.items()}
+    made = {name: empty(*shape, dtype=dtype) for name, (shape, dtype) in outputs.items()}
     tensors = {name: guarded(value) for name, value in inputs.items()} | made
     for call in calls:
         run(Launch((call,)), tensors)
     for name, value in made.items():
-        memory = torch.as_strided(value, (value.numel() + 2 * GUARD,), (1,), 0)
-        assert memory[:GUARD].isnan().all() and memory[-GUARD:].isnan().all(), name
-        assert value.isfinite().all(), name
+        assert unharmed(value) and value.isfinite().all(), name
     return {name: value.cpu() for name, value in made.items()}
 
 

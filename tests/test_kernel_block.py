@@ -2,19 +2,19 @@
 
 import pytest
 import torch
+from guarded import empty, guarded, unharmed
 from torch.nn import functional as F
 
 pytest.importorskip("triton", reason="the kernels need Triton: pip install 'omniad-edge[kernels]'")
 
+from omniad_edge.kernels import jit
 from omniad_edge.kernels.depthwise import depthwise_call, depthwise_reference
 from omniad_edge.kernels.expand import expand_call, expand_reference
-from omniad_edge.kernels.jit import run
 from omniad_edge.kernels.mix import mix_call, mix_reference
 from omniad_edge.kernels.norm import tile_rows
 from omniad_edge.kernels.plan import Launch
 from omniad_edge.kernels.pointwise import pointwise_call, pointwise_reference
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # of rows beyond the image
 EPS = 1e-5
 DTYPES = [torch.float16, torch.float32]
@@ -27,20 +27,13 @@ slow_and_fast = pytest.mark.parametrize("height, width, channels", [*SIZES, *STA
 both_dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
 
 
-@pytest.fixture
-def draw():
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(*shape: int, dtype=torch.float32, scale: float = 1.0, mean: float = 0.0) -> torch.Tensor:
-        value = mean + scale * torch.randn(*shape, generator=generator, dtype=torch.float64)
-        return value.to(dtype).to(DEVICE)
-
-    return draw
-
-
-def empty(*shape: int, dtype=torch.float32) -> torch.Tensor:
-    """Full of NaN, so that what is not written, or read where nothing is, shows."""
-    return torch.full(shape, float("nan"), dtype=dtype, device=DEVICE)
+def run(launch: Launch, tensors: dict[str, torch.Tensor]) -> None:
+    """As jit.run, with a guard around every buffer."""
+    held = {name: guarded(value) for name, value in tensors.items()}
+    jit.run(launch, held)
+    for name, value in held.items():
+        assert unharmed(value), name
+        tensors[name].copy_(value)
 
 
 def doubles(values):
@@ -207,7 +200,7 @@ def test_an_image_does_not_depend_on_its_place_in_the_batch(draw):
 
 def test_statistics_survive_a_mean_far_larger_than_the_deviation(draw):
     x = draw(1, 40, 64, mean=1000.0)
-    t = {"x": x, "xs": stats_of(x), "w": torch.eye(64, device=DEVICE), "y": empty(1, 40, 64)}
+    t = {"x": x, "xs": stats_of(x), "w": torch.eye(64), "y": empty(1, 40, 64)}
     sizes = {"positions": 40, "c_in": 64, "c_out": 64, "batch": 1}
     run(Launch((pointwise_call("x", "w", "y", x_stats="xs", eps=EPS, **sizes),)), t)
     truth = F.silu(F.instance_norm(x.double().transpose(1, 2), eps=EPS)).transpose(1, 2)

@@ -8,6 +8,8 @@ import pytest
 torch = pytest.importorskip("torch")
 triton = pytest.importorskip("triton")
 
+from guarded import empty, guarded, unharmed  # noqa: E402
+
 from omniad_edge.kernels.conv import (  # noqa: E402
     conv_call,
     conv_reference,
@@ -22,9 +24,7 @@ from omniad_edge.kernels.conv import (  # noqa: E402
 from omniad_edge.kernels.jit import run  # noqa: E402
 from omniad_edge.kernels.plan import Launch  # noqa: E402
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float16, torch.float32)
-GUARD = 4096  # elements in front of and behind each buffer, a multiple of the 256 bytes that Triton may assume
 
 # name: height, width, c_in, c_out, kernel, stride, and what else conv_call takes
 SMALL = {
@@ -72,20 +72,11 @@ def random(rng, shape, dtype, scale=1.0):
     return torch.tensor(rng.normal(0, scale, shape)).to(dtype)
 
 
-def guarded(value):
-    """The tensor on the device, with NaN (255 for bytes) in front of it and behind it."""
-    fill = float("nan") if value.is_floating_point() else 255
-    memory = torch.full((value.numel() + 2 * GUARD,), fill, dtype=value.dtype, device=DEVICE)
-    memory[GUARD:-GUARD] = value.flatten()
-    return memory[GUARD:-GUARD].view(value.shape)
-
-
 def launch(call, tensors, shape, dtype):
     """y of the call, which must be written everywhere and nowhere else."""
-    y = guarded(torch.full(shape, float("nan"), dtype=dtype))
+    y = empty(*shape, dtype=dtype)
     run(Launch((call,)), {"y": y} | {name: guarded(value) for name, value in tensors.items()})
-    memory = torch.as_strided(y, (y.numel() + 2 * GUARD,), (1,), 0)
-    assert memory[:GUARD].isnan().all() and memory[-GUARD:].isnan().all()
+    assert unharmed(y)
     assert not y.isnan().any()
     return y.cpu()
 

@@ -8,6 +8,8 @@ import pytest
 torch = pytest.importorskip("torch")
 triton = pytest.importorskip("triton")
 
+from guarded import empty, guarded, unharmed  # noqa: E402
+
 from omniad_edge.anomaly_map import SCALE, resample_matrix  # noqa: E402
 from omniad_edge.kernels.jit import run  # noqa: E402
 from omniad_edge.kernels.map import (  # noqa: E402
@@ -23,28 +25,18 @@ from omniad_edge.kernels.map import (  # noqa: E402
 )
 from omniad_edge.kernels.plan import Launch  # noqa: E402
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 DTYPES = (torch.float16, torch.float32)
-GUARD = 1024  # elements in front of and behind each buffer, a multiple of the 256 bytes that Triton may assume
 NAN = float("nan")
 DISTANCES = ("d0", "d1", "d2")
 RESAMPLE = (("r0", "c0"), ("r1", "c1"), ("r2", "c2"))
 
 
-def guarded(value):
-    """The tensor on the device, with NaN in front of it and behind it."""
-    memory = torch.full((value.numel() + 2 * GUARD,), NAN, dtype=value.dtype, device=DEVICE)
-    memory[GUARD:-GUARD] = value.flatten()
-    return memory[GUARD:-GUARD].view(value.shape)
-
-
 def launch(call, tensors, **shapes):
     """The call's fp32 results, by name; what is around them must stay as it was."""
-    made = {name: guarded(torch.full(shape, NAN)) for name, shape in shapes.items()}
+    made = {name: empty(*shape) for name, shape in shapes.items()}
     run(Launch((call,)), made | {name: guarded(value) for name, value in tensors.items()})
     for y in made.values():
-        memory = torch.as_strided(y, (y.numel() + 2 * GUARD,), (1,), 0)
-        assert memory[:GUARD].isnan().all() and memory[-GUARD:].isnan().all()
+        assert unharmed(y)
     return [y.cpu() for y in made.values()]
 
 
