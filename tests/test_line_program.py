@@ -19,10 +19,11 @@ import pytest
 from cameras import skip_without
 from records import PATIENCE_S, check, wait_until
 from test_webhook import Server
-from watched_line import NOISE_MS, read_records
+from watched_line import read_records
 
 PROGRAM = Path(__file__).with_name("line_program.py")
-WINDOW_S = 0.1  # before a kill: what was written to the file then may not have come to the spool
+JUMP_MS = 2000.0  # far less than the clock's jumps, far more than a loaded machine is late
+WINDOW_S = 0.5  # before a kill: what was written to the file then may not have come to the spool
 
 
 @pytest.fixture
@@ -73,8 +74,10 @@ def test_told_to_stop_at_any_moment_every_frame_has_its_verdict(tmp_path, seed):
 
 
 def test_killed_at_any_moment_and_started_again_nothing_is_lost(tmp_path, server):
-    """Each verdict in the file comes to the web service, but for those of the last 0.1 s before a kill: file and
-    spool are written by two threads, each as soon as it can. What the spool holds comes without exception.
+    """Each verdict in the file comes to the web service, but for those of the last 0.5 s before a kill: file and
+    spool are written by two threads, each as soon as it can. Most often 0.01 s lie between them, but the spool
+    waits for the disk when it is opened; 0.23 s were seen on two cores with work for eight. What the spool
+    holds comes without exception.
     """
     moments, kills, spooled, torn = random.Random(8), [], set(), ""
     file, url = tmp_path / "line.jsonl", f"http://127.0.0.1:{server.port}/"
@@ -127,7 +130,8 @@ def ids_in(spool: Path, copy: Path) -> set[str]:
         if Path(f"{spool}{ending}").exists():
             shutil.copy(f"{spool}{ending}", f"{copy}{ending}")
     with closing(sqlite3.connect(copy)) as database:
-        texts = [text for (text,) in database.execute("SELECT text FROM records")]
+        begun = database.execute("SELECT count(*) FROM sqlite_schema WHERE name = 'records'").fetchone() == (1,)
+        texts = [text for (text,) in database.execute("SELECT text FROM records")] if begun else []
     for ending in ("", "-wal", "-shm"):
         Path(f"{copy}{ending}").unlink(missing_ok=True)
     return {json.loads(text)["id"] for text in texts}
@@ -155,8 +159,9 @@ def test_setting_the_clock_changes_no_deadline_and_no_latency(tmp_path):
             new.write_text(offset)
             new.replace(os.environ["FAKETIME_TIMESTAMP_FILE"])
 
+        FakeCamera().push()  # the first takes long, as NumPy loads its random numbers
         camera = FakeCamera()
-        options = {"trigger": "call", "deadline_ms": 400}
+        options = {"trigger": "call", "deadline_ms": 600}
         with WatchedLine(Path(sys.argv[2]), FakeDetector(), camera, **options) as watched:
             watched.wait_event("camera runs")
             for number, offset in enumerate(("+0", "+86400", "-86400", "+0")):
@@ -166,7 +171,7 @@ def test_setting_the_clock_changes_no_deadline_and_no_latency(tmp_path):
                 watched.line.trigger("seen")
                 camera.push()
                 watched.keeper.wait(2 * number + 2)
-            assert 1.6 < watched.line.snapshot().uptime_s < 20
+            assert 2.4 < watched.line.snapshot().uptime_s < 30
     """
     clock = tmp_path / "clock"
     clock.write_text("+0")
@@ -178,7 +183,7 @@ def test_setting_the_clock_changes_no_deadline_and_no_latency(tmp_path):
     verdicts = [record for record in read_records(tmp_path / "line.jsonl") if record["kind"] == "verdict"]
     still_open, seen = verdicts[::2], verdicts[1::2]
     assert {v["reason"] for v in still_open} == {"deadline: no frame from cam"} and len(still_open) == 4
-    assert all(390 < v["latency_ms"] < 400 + NOISE_MS for v in still_open)
-    assert all(v["reason"] == "" and 0 <= v["age_ms"] <= v["latency_ms"] < 400 for v in seen)
+    assert all(590 < v["latency_ms"] < 600 + JUMP_MS for v in still_open)
+    assert all(v["reason"] == "" and 0 <= v["age_ms"] <= v["latency_ms"] < 600 for v in seen)
     days = [datetime.fromisoformat(v["time"]).toordinal() for v in still_open]
     assert [day - days[0] for day in days] == [0, 1, -1, 0]
