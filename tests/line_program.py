@@ -2,7 +2,7 @@
 
 Frames come every 5 ms, an inspection takes as long. Records go to FOLDER/line.jsonl, to the webhook by way of
 FOLDER/spool.db, and one part in ten to FOLDER/rejects. Prints "started" when signals are handled, and when it
-was stopped what it counted.
+was stopped its counts, of frames and of records that an output dropped.
 """
 
 import json
@@ -55,6 +55,7 @@ def main(folder: Path, *urls: str) -> None:
     with counters_watched(line):
         counts = line.run()
     print(json.dumps(asdict(counts)))
+    print(json.dumps({status.name.split()[0]: status.dropped for status in line.snapshot().outputs}))
 
 
 if __name__ == "__main__":
