@@ -28,6 +28,7 @@ from omniad_edge.verdict import Verdict
 
 RED, BLUE = (0, 0, 255), (255, 0, 0)
 RECONNECT_MS = 500.0  # less than any attempt takes to reach a camera that is not there
+FRAMES_A_PART = 5  # of the film, one after another
 CLOSE = 12  # of 255: H.264 is lossy
 A_BALL_ON = "ball background-color=0xff{:02x}{:02x}{:02x}"  # videotestsrc's, moving: no two frames are the same
 
@@ -168,10 +169,10 @@ def test_cameras_that_share_a_detector_do_not_feel_the_loss_of_one(tmp_path, sma
     with WatchedLine(tmp_path, detector, sources, product=detector.products[0]) as watched:
         with camera_of(RED, port, 160, 120) as server:
             watched.more(1, "top")
-            up = {name: watched.more(15, name) for name in others}
+            up = {name: watched.more(12, name) for name in others}
             server.kill()
         watched.wait_event("camera lost", "top")
-        lost = {name: watched.more(15, name) for name in others}
+        lost = {name: watched.more(12, name) for name in others}
         assert not watched.has_told("camera back")
         with camera_of(BLUE, port, 160, 120):
             watched.wait_event("camera back", "top")
@@ -211,7 +212,11 @@ def test_every_frame_of_a_film_gets_its_verdict(tmp_path, film, small_bundle):
 
 @pytest.mark.slow
 def test_a_trained_network_on_a_film(tmp_path, film, data_dir):
-    """Of each product's parts, the defective ones have to score higher than the good ones."""
+    """Each frame is judged as the product that its part was announced as; the frames of a part agree.
+
+    The network is as small and as briefly trained as a test allows: after 12 epochs image AUROC is 79 for screws,
+    27 of 50 verdicts right, and 49, no better than chance, for magnetic tiles, 22 of 50.
+    """
     path, truth = film
     config = replace(PRESETS["small"], height=128, width=128)
     train(data_dir, tmp_path / "run", config, epochs=12, backbone_weights="procedural", cache_features=True)
@@ -224,8 +229,13 @@ def test_a_trained_network_on_a_film(tmp_path, film, data_dir):
     assert [verdict.product for verdict in verdicts] == [row["class"] for row in truth]
     defective = np.array([row["label"] == "defective" for row in truth])
     products = np.array([row["class"] for row in truth])
+    ranked = {}
     for product in detector.products:
         of, bad = np.array(verdicts)[products == product], defective[products == product]
         right = sum(verdict.is_rejected == is_bad for verdict, is_bad in zip(of, bad, strict=True))
-        ranked = auroc(np.array([verdict.pred_score for verdict in of]), bad)
-        print(f"{product}: {right} of {len(of)} verdicts right, AUROC {100 * ranked:.1f}")
+        scores = np.array([verdict.pred_score for verdict in of])
+        ranked[product] = auroc(scores, bad)
+        print(f"{product}: {right} of {len(of)} verdicts right, AUROC {100 * ranked[product]:.1f}")
+        parts = scores.reshape(-1, FRAMES_A_PART)
+        assert parts.mean(axis=1).var() > 4 * parts.var(axis=1).mean()  # of random scores 0.2 of it
+    assert ranked["screw"] > 0.7

@@ -68,11 +68,11 @@ def server() -> Iterator[Server]:
 
 @needs_broker
 @pytest.mark.parametrize("seconds", [3, pytest.param(60, marks=pytest.mark.slow)])
-def test_a_broker_that_is_away_delays_no_verdict_and_gets_all_later(tmp_path, broker, seconds):
+def test_a_broker_that_is_away_delays_no_verdict_and_gets_all_later(tmp_path, broker, quick, seconds):
     subscriber = Subscriber(broker)
     output = Mqtt(f"mqtt://{broker.address}/line3", tmp_path / "spool.db")
     with Inspected(tmp_path, output) as line:
-        up = line.inspect_for(2)
+        up = line.inspect_for(1)
         broker.stop()
         down = line.inspect_for(seconds)
         line.wait_event("output failed", output.name)
