@@ -62,6 +62,14 @@ def small_bundle(small_run, tmp_path_factory) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def native_build(tmp_path_factory) -> Path:
+    """Folder with the native runtime, its programs and a stand-in for libcuda.so.1; skips without its tools."""
+    from native_parts import build_native
+
+    return build_native(tmp_path_factory.mktemp("native"))
+
+
 def _shared(name: str) -> Path:
     folder = SHARED / name
     if not folder.is_dir():

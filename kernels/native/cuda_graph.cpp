@@ -1,0 +1,249 @@
+#include "cuda_graph.h"
+
+#include <cmath>
+#include <cstring>
+
+#include "error.h"
+
+namespace omniad {
+
+GraphPlan::GraphPlan(const PrimaryContext &context, Content content)
+    : mContext(context),
+      mDriver(context.driver()),
+      mContent(std::move(content)),
+      mPixels(plan().find("pixels")),
+      mAnomalyMap(plan().find("anomaly_map")),
+      mPeaks(plan().find("peaks")) {
+    Entered entered(mContext);
+    try {
+        prepare();
+    } catch (...) {
+        mOwned.close();  // while the context is current
+        throw;
+    }
+}
+
+GraphPlan::~GraphPlan() {
+    const CudaApi &api = mDriver.api;
+    bool entered =
+        api.cuCtxPushCurrent_v2.pointer(mContext.handle()) == 0;  // unchecked: a lost context is freed too
+    if (mHasQueued) {
+        mDriver.free(api.cuEventSynchronize, mQueued);
+    }
+    mOwned.close();
+    if (entered) {
+        CudaContext popped;
+        mDriver.free(api.cuCtxPopCurrent_v2, &popped);
+    }
+}
+
+void GraphPlan::prepare() {
+    load();
+    CudaAddress arena = 0;
+    mDriver.call(mDriver.api.cuMemAlloc_v2, &arena, static_cast<size_t>(plan().arenaBytes()));
+    mOwned.add([this, arena] { mDriver.free(mDriver.api.cuMemFree_v2, arena); });
+    for (const Buffer &buffer : plan().buffers) {
+        mAddresses.push_back(arena + buffer.offset);
+    }
+    mDriver.call(mDriver.api.cuStreamCreate, &mStream, kSTREAM_NON_BLOCKING);
+    mOwned.add([this] { mDriver.free(mDriver.api.cuStreamDestroy_v2, mStream); });
+    mDriver.call(mDriver.api.cuEventCreate, &mQueued, kEVENT_DISABLE_TIMING);
+    mOwned.add([this] { mDriver.free(mDriver.api.cuEventDestroy_v2, mQueued); });
+    pin();
+    setUp();
+    mOwned.add([this] { mDriver.free(mDriver.api.cuStreamSynchronize, mStream); });  // nothing is freed while used
+    mDriver.call(mDriver.api.cuMemsetD8Async, arena, static_cast<unsigned char>(0),
+                 static_cast<size_t>(plan().arenaBytes()), mStream);
+    copyWeights();
+    launch(mStream);  // loads what the driver loads late, which it may not do in a capture
+    mDriver.call(mDriver.api.cuStreamSynchronize, mStream);
+    mContent.weights.clear();
+    mContent.kernels.clear();
+    capture();
+    mOwned.add([this] { mDriver.free(mDriver.api.cuGraphExecDestroy, mGraph); });
+    mDriver.call(mDriver.api.cuGraphUpload, mGraph, mStream);
+    mDriver.call(mDriver.api.cuStreamSynchronize, mStream);
+}
+
+void GraphPlan::load() {
+    Kernels kernels(mContext, mOwned);
+    for (const Kernel &kernel : mContent.kernels) {
+        mFunctions.push_back(kernels.load(kernel));
+    }
+}
+
+// Pinned host memory: copies to and from it do not block.
+void GraphPlan::pin() {
+    mPinned.resize(plan().buffers.size());
+    size_t bytes = 0;
+    auto each = [this](auto use) {
+        for (size_t i = 0; i < plan().buffers.size(); ++i) {
+            BufferKind kind = plan().buffers[i].kind;
+            if (kind == BufferKind::kINPUT || kind == BufferKind::kOUTPUT || kind == BufferKind::kTABLE) {
+                use(i, aligned(plan().buffers[i].bytes()));
+            }
+        }
+    };
+    each([&](size_t, uint64_t size) { bytes += size; });
+    void *host = nullptr;
+    mDriver.call(mDriver.api.cuMemHostAlloc, &host, bytes, 0u);
+    mOwned.add([this, host] { mDriver.free(mDriver.api.cuMemFreeHost, host); });
+    auto next = static_cast<uint8_t *>(host);
+    each([&](size_t index, uint64_t size) {
+        mPinned[index] = next;
+        next += size;
+    });
+}
+
+// Launches with their parameters, which are the same at every run.
+void GraphPlan::setUp() {
+    size_t index = 0;
+    if (plan().front) {
+        mResize = std::make_unique<CudaResize>(mDriver, mStream, plan(), mContent.kernels[0], mFunctions[0],
+                                               mAddresses, mPinned);
+        mOwned.add([this] { mResize.reset(); });
+        index = 1;
+    }
+    for (const Launch &launch : plan().launches) {
+        mLaunches.emplace_back(launch, mContent.kernels[index], mFunctions[index], mAddresses);
+        index += 1;
+    }
+}
+
+void GraphPlan::copyWeights() {
+    for (size_t i = 0; i < plan().buffers.size(); ++i) {
+        const std::string &weight = mContent.weights[i];
+        if (!weight.empty()) {
+            mDriver.call(mDriver.api.cuMemcpyHtoDAsync_v2, mAddresses[i], static_cast<const void *>(weight.data()),
+                         weight.size(), mStream);
+        }
+    }
+}
+
+void GraphPlan::launch(CudaStream stream) {
+    for (LoadedLaunch &launch : mLaunches) {
+        launch.start(mDriver, stream, mContent.pdl);
+    }
+}
+
+// All launches as one executable graph.
+void GraphPlan::capture() {
+    const CudaApi &api = mDriver.api;
+    CudaGraph graph = nullptr;
+    mDriver.call(api.cuStreamBeginCapture_v2, mStream, kCAPTURE_MODE_THREAD_LOCAL);
+    try {
+        launch(mStream);
+    } catch (...) {
+        mDriver.free(api.cuStreamEndCapture, mStream, &graph);
+        if (graph != nullptr) {
+            mDriver.free(api.cuGraphDestroy, graph);
+        }
+        throw;
+    }
+    mDriver.call(api.cuStreamEndCapture, mStream, &graph);
+    Owned captured;
+    captured.add([this, graph] { mDriver.free(mDriver.api.cuGraphDestroy, graph); });
+    mDriver.call(api.cuGraphInstantiateWithFlags, &mGraph, graph, 0ull);
+}
+
+void GraphPlan::run(const uint8_t *pixels, float *anomalyMap, float *predScore) {
+    Entered entered(mContext);
+    waitForQueued(mStream);
+    const Buffer &input = plan().buffers[mPixels];
+    std::memcpy(mPinned[mPixels], pixels, input.bytes());
+    try {
+        mDriver.call(mDriver.api.cuMemcpyHtoDAsync_v2, mAddresses[mPixels],
+                     static_cast<const void *>(mPinned[mPixels]), static_cast<size_t>(input.bytes()), mStream);
+        replay(anomalyMap, predScore);
+    } catch (...) {
+        mDriver.free(mDriver.api.cuStreamSynchronize, mStream);  // pinned memory is being read
+        throw;
+    }
+}
+
+void GraphPlan::runFrames(const std::vector<Frame> &frames, float *anomalyMap, float *predScore) {
+    if (!mResize || frames.size() != static_cast<size_t>(plan().batch)) {
+        throw inputError("frames: expected ", mResize ? text(plan().batch) : "none, the plan has no front",
+                         "; got ", frames.size());
+    }
+    Entered entered(mContext);
+    waitForQueued(mStream);
+    try {
+        for (size_t i = 0; i < frames.size(); ++i) {
+            mResize->put(static_cast<int>(i), frames[i]);
+        }
+        replay(anomalyMap, predScore);
+    } catch (...) {
+        mDriver.free(mDriver.api.cuStreamSynchronize, mStream);
+        throw;
+    }
+}
+
+// The graph on the input that is on the GPU or on its way.
+void GraphPlan::replay(float *anomalyMap, float *predScore) {
+    mDriver.call(mDriver.api.cuGraphLaunch, mGraph, mStream);
+    for (int index : {mAnomalyMap, mPeaks}) {
+        mDriver.call(mDriver.api.cuMemcpyDtoHAsync_v2, static_cast<void *>(mPinned[index]), mAddresses[index],
+                     static_cast<size_t>(plan().buffers[index].bytes()), mStream);
+    }
+    mDriver.call(mDriver.api.cuStreamSynchronize, mStream);
+    mHasQueued = false;  // and waited for
+    std::memcpy(anomalyMap, mPinned[mAnomalyMap], plan().buffers[mAnomalyMap].bytes());
+    copyScores(predScore);
+}
+
+// The largest of each image's peaks; of those with a NaN it is NaN.
+void GraphPlan::copyScores(float *predScore) const {
+    auto peaks = reinterpret_cast<const float *>(mPinned[mPeaks]);
+    int64_t tiles = plan().buffers[mPeaks].shape[1];
+    for (int image = 0; image < plan().batch; ++image, peaks += tiles) {
+        float most = peaks[0];
+        for (int64_t i = 1; i < tiles; ++i) {
+            most = std::isnan(peaks[i]) || peaks[i] > most ? peaks[i] : most;
+        }
+        predScore[image] = most;
+    }
+}
+
+void GraphPlan::waitForQueued(CudaStream stream) {
+    if (mHasQueued) {
+        mDriver.call(mDriver.api.cuStreamWaitEvent, stream, mQueued, 0u);
+    }
+}
+
+void GraphPlan::enqueue(CudaStream stream, CudaAddress pixels, CudaAddress anomalyMap, CudaAddress peaks) {
+    Entered entered(mContext);
+    int status = kCAPTURE_STATUS_NONE;
+    mDriver.call(mDriver.api.cuStreamIsCapturing, stream, &status);
+    if (status != kCAPTURE_STATUS_NONE) {  // an event of outside would end the capture
+        queue(stream, true, pixels, anomalyMap, peaks);
+        return;
+    }
+    waitForQueued(stream);
+    mHasQueued = true;
+    try {
+        queue(stream, false, pixels, anomalyMap, peaks);
+    } catch (...) {
+        mDriver.free(mDriver.api.cuEventRecord, mQueued, stream);  // part of it may be on its way
+        throw;
+    }
+    mDriver.call(mDriver.api.cuEventRecord, mQueued, stream);
+}
+
+void GraphPlan::queue(CudaStream stream, bool capturing, CudaAddress pixels, CudaAddress anomalyMap,
+                      CudaAddress peaks) {
+    auto copy = [&](CudaAddress target, CudaAddress source, int index) {
+        size_t bytes = plan().buffers[index].bytes();
+        mDriver.call(mDriver.api.cuMemcpyDtoDAsync_v2, target, source, bytes, stream);
+    };
+    copy(mAddresses[mPixels], pixels, mPixels);
+    if (capturing) {
+        launch(stream);
+    } else {
+        mDriver.call(mDriver.api.cuGraphLaunch, mGraph, stream);
+    }
+    copy(anomalyMap, mAddresses[mAnomalyMap], mAnomalyMap);
+    copy(peaks, mAddresses[mPeaks], mPeaks);
+}
+
+}  // namespace omniad

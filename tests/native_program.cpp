@@ -1,0 +1,260 @@
+// What tests/test_native_runtime.py runs: the C interface, a word of the command line at a time.
+#include <dlfcn.h>
+
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <fstream>
+#include <iterator>
+#include <string>
+#include <vector>
+
+#include "omniad.h"
+
+namespace {
+
+using Bytes = std::vector<char>;
+
+Bytes read(const char *path) {
+    std::ifstream file(path, std::ios::binary);
+    return Bytes(std::istreambuf_iterator<char>(file), {});
+}
+
+template <typename Function>
+Function standIn(const char *name) {
+    static void *library = dlopen("libcuda.so.1", RTLD_NOW);
+    return reinterpret_cast<Function>(library == nullptr ? nullptr : dlsym(library, name));
+}
+
+// The status, and the words if there are some.
+int say(omniad_status status) {
+    std::printf("%d %s\n", status, status == OMNIAD_OK ? "" : omniad_last_error());
+    return status;
+}
+
+struct Outputs {
+    explicit Outputs(omniad_runtime *runtime) {
+        omniad_get_sizes(runtime, &sizes);
+        map.resize(sizes.anomaly_map_bytes / sizeof(float));
+        score.resize(sizes.batch);
+    }
+    void append(const char *path) const {
+        std::ofstream file(path, std::ios::binary | std::ios::app);
+        file.write(reinterpret_cast<const char *>(map.data()), map.size() * sizeof(float));
+        file.write(reinterpret_cast<const char *>(score.data()), score.size() * sizeof(float));
+    }
+    omniad_sizes sizes;
+    std::vector<float> map, score;
+};
+
+// run BUNDLE BATCH PIXELS OUT
+int run(char **words) {
+    omniad_runtime *runtime;
+    if (say(omniad_open(words[0], 0, std::atoi(words[1]), &runtime))) {
+        return 1;
+    }
+    Outputs outputs(runtime);
+    Bytes pixels = read(words[2]);
+    auto given = reinterpret_cast<const uint8_t *>(pixels.data());
+    say(omniad_run(runtime, given, outputs.map.data(), outputs.score.data()));
+    outputs.append(words[3]);
+    return say(omniad_close(runtime));
+}
+
+// frames BUNDLE BATCH OUT FILE PADDING (ROWS COLUMNS)...: frames with PADDING bytes behind each row
+int frames(int count, char **words) {
+    omniad_runtime *runtime;
+    if (say(omniad_open(words[0], 0, std::atoi(words[1]), &runtime))) {
+        return 1;
+    }
+    Outputs outputs(runtime);
+    Bytes file = read(words[3]);
+    auto next = reinterpret_cast<const uint8_t *>(file.data());
+    std::vector<omniad_frame> batch;
+    for (int i = 5; i + 1 < count; i += 2) {
+        int64_t rows = std::atoll(words[i]), columns = std::atoll(words[i + 1]);
+        int64_t row_bytes = 3 * columns + std::atoll(words[4]);
+        batch.push_back({next, rows, columns, row_bytes});
+        next += rows * row_bytes;
+        if (static_cast<int>(batch.size()) == outputs.sizes.batch) {
+            auto n = static_cast<int>(batch.size());
+            say(omniad_run_frames(runtime, batch.data(), n, outputs.map.data(), outputs.score.data()));
+            outputs.append(words[2]);
+            batch.clear();
+        }
+    }
+    return say(omniad_close(runtime));
+}
+
+// Memory and streams of the driver's, as a caller of `omniad_enqueue` has them.
+class Caller {
+public:
+    explicit Caller(const omniad_sizes &sizes) {
+        standIn<int (*)(void *)>("cuCtxPushCurrent_v2")(reinterpret_cast<void *>(77));
+        for (size_t bytes : {sizes.pixels_bytes, sizes.anomaly_map_bytes, sizes.peaks_bytes}) {
+            standIn<int (*)(uint64_t *, size_t)>("cuMemAlloc_v2")(&memory[made++], bytes);
+        }
+        for (void *&stream : streams) {
+            standIn<int (*)(void **, unsigned)>("cuStreamCreate")(&stream, 1);
+        }
+    }
+    Caller(const Caller &) = delete;
+    Caller &operator=(const Caller &) = delete;
+    ~Caller() {
+        for (void *stream : streams) {
+            standIn<int (*)(void *)>("cuStreamDestroy_v2")(stream);
+        }
+        for (uint64_t address : memory) {
+            standIn<int (*)(uint64_t)>("cuMemFree_v2")(address);
+        }
+        void *popped;
+        standIn<int (*)(void **)>("cuCtxPopCurrent_v2")(&popped);
+    }
+    void synchronize(int stream) { standIn<int (*)(void *)>("cuStreamSynchronize")(streams[stream]); }
+    omniad_status enqueue(omniad_runtime *runtime, int stream) {
+        return omniad_enqueue(runtime, streams[stream], memory[0], memory[1], memory[2]);
+    }
+
+    uint64_t memory[3] = {};
+    void *streams[2] = {};
+
+private:
+    int made = 0;
+};
+
+// enqueue BUNDLE BATCH PIXELS OUT: on one stream, then on another, then captured, then from the host
+int enqueue(char **words) {
+    omniad_runtime *runtime;
+    if (say(omniad_open(words[0], 0, std::atoi(words[1]), &runtime))) {
+        return 1;
+    }
+    Outputs outputs(runtime);
+    Bytes pixels = read(words[2]);
+    {
+        Caller caller(outputs.sizes);
+        std::memcpy(reinterpret_cast<void *>(caller.memory[0]), pixels.data(), pixels.size());
+        say(caller.enqueue(runtime, 0));
+        say(caller.enqueue(runtime, 1));
+        caller.synchronize(1);
+        std::memcpy(outputs.map.data(), reinterpret_cast<void *>(caller.memory[1]),
+                    outputs.sizes.anomaly_map_bytes);
+        outputs.append(words[3]);
+        standIn<int (*)(void *, int)>("cuStreamBeginCapture_v2")(caller.streams[0], 1);
+        say(caller.enqueue(runtime, 0));
+        void *graph = nullptr;
+        standIn<int (*)(void *, void **)>("cuStreamEndCapture")(caller.streams[0], &graph);
+        standIn<int (*)(void *)>("cuGraphDestroy")(graph);
+        auto given = reinterpret_cast<const uint8_t *>(pixels.data());
+        say(omniad_run(runtime, given, outputs.map.data(), outputs.score.data()));
+    }
+    return say(omniad_close(runtime));
+}
+
+// A life of a runtime, as far as it goes; the first failure's status.
+omniad_status life(const char *bundle) {
+    omniad_runtime *runtime;
+    omniad_status status = omniad_open(bundle, 0, 2, &runtime);
+    if (status != OMNIAD_OK) {
+        return status;
+    }
+    Outputs outputs(runtime);
+    std::vector<uint8_t> pixels(outputs.sizes.pixels_bytes, 1), picture(60 * 50 * 3, 2);
+    omniad_frame frames[2] = {{picture.data(), 40, 50, 150}, {picture.data(), 60, 50, 150}};
+    status = omniad_run(runtime, pixels.data(), outputs.map.data(), outputs.score.data());
+    if (status == OMNIAD_OK) {
+        status = omniad_run_frames(runtime, frames, 2, outputs.map.data(), outputs.score.data());
+    }
+    static uint8_t lent[1 << 16];
+    standIn<void (*)(void *, size_t)>("stand_in_lend")(lent, sizeof(lent));
+    auto device = reinterpret_cast<uint64_t>(lent);
+    for (int i = 0; i < 2 && status == OMNIAD_OK; ++i) {
+        status = omniad_enqueue(runtime, nullptr, device, device, device);
+    }
+    omniad_close(runtime);
+    return status;
+}
+
+// faults BUNDLE STATUS [once]: the driver fails at each call in turn, or at the first of each function
+int faults(int count, char **words) {
+    auto fail = standIn<void (*)(int, int)>("stand_in_fail");
+    auto name = standIn<const char *(*)(int)>("stand_in_name");
+    auto alive = standIn<int (*)()>("stand_in_alive");
+    std::string seen;
+    for (int at = 1; at < 100000; ++at) {
+        fail(0, 0);
+        if (count > 2) {
+            life(words[0]);
+            while (*name(at) != '\0' && seen.find(name(at)) != seen.npos) {
+                at += 1;
+            }
+            seen += name(at);
+        }
+        fail(at, std::atoi(words[1]));
+        int before = alive();
+        omniad_status status = life(words[0]);
+        if (*name(at) == '\0') {
+            return 0;
+        }
+        const char *said = status == OMNIAD_OK ? "" : omniad_last_error();
+        std::printf("%d %s %d %s\n", alive() - before, name(at), status, said);
+    }
+    return 1;
+}
+
+// misuse BUNDLE: what the header does not allow
+int misuse(char **words) {
+    omniad_runtime *runtime = nullptr;
+    omniad_sizes sizes;
+    say(omniad_open(nullptr, 0, 1, &runtime));
+    say(omniad_open(words[0], 0, 1, nullptr));
+    say(omniad_open(words[0], 0, 0, &runtime));
+    say(omniad_open(words[0], 0, 65, &runtime));
+    say(omniad_open(words[0], 7, 1, &runtime));
+    say(omniad_close(nullptr));
+    say(omniad_get_sizes(nullptr, &sizes));
+    say(omniad_open(words[0], 0, 1, &runtime));
+    Outputs outputs(runtime);
+    uint8_t pixel[3] = {};
+    float *map = outputs.map.data(), *score = outputs.score.data();
+    say(omniad_run(runtime, nullptr, map, score));
+    say(omniad_run(runtime, pixel, map, nullptr));
+    say(omniad_enqueue(runtime, nullptr, 0, 1, 1));
+    for (omniad_frame frame : {omniad_frame{nullptr, 1, 1, 3}, omniad_frame{pixel, 0, 1, 3},
+                               omniad_frame{pixel, 1, 1, 2}, omniad_frame{pixel, 1 << 20, 1 << 20, 3 << 20},
+                               omniad_frame{pixel, 1, 1 << 24, 3 << 24}, omniad_frame{pixel, 1, INT64_MAX, 3}}) {
+        say(omniad_run_frames(runtime, &frame, 1, map, score));
+    }
+    omniad_frame frame = {pixel, 1, 1, 3};
+    say(omniad_run_frames(runtime, &frame, 0, map, score));
+    say(omniad_run_frames(runtime, &frame, 1, map, score));
+    return say(omniad_close(runtime));
+}
+
+}  // namespace
+
+int main(int count, char **words) {
+    std::string verb = count > 1 ? words[1] : "";
+    words += 2, count -= 2;
+    if (verb == "version") {
+        std::puts(omniad_version());
+    } else if (verb == "open") {
+        for (int i = 0; i < count; ++i) {
+            omniad_runtime *runtime;
+            say(omniad_open(words[i], 0, 1, &runtime));
+            omniad_close(runtime);
+        }
+    } else if (verb == "run") {
+        return run(words);
+    } else if (verb == "frames") {
+        return frames(count, words);
+    } else if (verb == "enqueue") {
+        return enqueue(words);
+    } else if (verb == "faults") {
+        return faults(count, words);
+    } else if (verb == "misuse") {
+        return misuse(words);
+    } else {
+        return 2;
+    }
+    return 0;
+}
