@@ -17,7 +17,7 @@ from omniad_edge.frame import Frame
 from omniad_edge.json_lines import JsonLines
 from omniad_edge.line import Line
 from omniad_edge.snapshot import Snapshot
-from omniad_edge.verdict import Verdict
+from omniad_edge.verdict import Status, Verdict
 
 NOISE_MS = 100.0  # a part that waits for a server, a disk or a slow output would wait for much longer
 
@@ -33,12 +33,13 @@ def is_balanced(snapshot: Snapshot) -> bool:
 @contextmanager
 def counters_watched(line: Line) -> Iterator[None]:
     """Takes snapshots all the time. Raises AssertionError at the end if the counters of one did not add up."""
-    wrong, seen, ended = [], [], threading.Event()
+    wrong, ended = [], threading.Event()
 
     def watch() -> None:
         while not ended.wait(0.005):
-            seen.append(None)
-            wrong.extend(snapshot for snapshot in [line.snapshot()] if not is_balanced(snapshot))
+            snapshot = line.snapshot()
+            if not is_balanced(snapshot):
+                wrong.append(snapshot)
 
     thread = threading.Thread(target=watch)
     thread.start()
@@ -48,7 +49,7 @@ def counters_watched(line: Line) -> Iterator[None]:
         ended.set()
         thread.join(PATIENCE_S)
     last = line.snapshot()
-    assert not wrong and seen, wrong[:1]
+    assert not wrong, wrong[:1]
     assert is_balanced(last) and last.counts.waiting == last.open_parts == 0, last
 
 
@@ -117,14 +118,15 @@ class WatchedLine:
         assert verdict.part_id == part_id
         return verdict
 
-    def has_told(self, event: str, who: str | None = None, times: int = 1) -> bool:
-        told = [s for s in self.keeper.of("status") if s.event == event and who in (None, s.who)]
-        return len(told) >= times
+    def told(self, event: str, who: str | None = None) -> list[Status]:
+        return [s for s in self.keeper.of("status") if s.event == event and who in (None, s.who)]
 
-    def wait_event(self, event: str, who: str | None = None, times: int = 1) -> None:
+    def wait_event(self, event: str, who: str | None = None, times: int = 1) -> Status:
+        """-> what was told the `times`-th time."""
         with self.keeper.changed:
-            told = self.keeper.changed.wait_for(lambda: self.has_told(event, who, times), PATIENCE_S)
-            assert told, (event, who, self.keeper.of("status"), self.error)
+            enough = self.keeper.changed.wait_for(lambda: len(self.told(event, who)) >= times, PATIENCE_S)
+            assert enough, (event, who, self.keeper.of("status"), self.error)
+        return self.told(event, who)[times - 1]
 
 
 def read_records(path: Path) -> list[dict]:
