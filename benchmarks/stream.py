@@ -15,6 +15,8 @@ import argparse
 import json
 import sys
 import tempfile
+from collections import deque
+from collections.abc import Iterable
 from pathlib import Path
 from time import monotonic, sleep
 
@@ -24,7 +26,7 @@ from machine import facts, load_average, memory_mib
 
 from omniad_edge import Detector
 from omniad_edge.calibration import Calibration
-from omniad_edge.errors import InputError, OmniADError
+from omniad_edge.errors import CameraError, InputError, OmniADError
 from omniad_edge.files import atomic_write
 from omniad_edge.frame import EndOfSource, Frame
 from omniad_edge.json_lines import JsonLines
@@ -63,7 +65,7 @@ class PacedCamera:
         return frame
 
     def trigger(self) -> None:
-        raise NotImplementedError
+        raise CameraError(f"{self.name}: runs by itself")
 
     def close(self) -> None:
         pass
@@ -110,10 +112,11 @@ class WaitingDetector:
 class TimedJsonLines(JsonLines):
     """JSON lines that note when each verdict's line was in the file."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, keep: int) -> None:
+        """keep: so many latest samples, as memory is measured too."""
         super().__init__(path)
-        self.overhead_ms: list[float] = []
-        self.age_ms: list[float] = []
+        self.overhead_ms: deque[float] = deque(maxlen=keep)
+        self.age_ms: deque[float] = deque(maxlen=keep)
 
     def write(self, records: list) -> None:
         super().write(records)
@@ -127,18 +130,17 @@ class TimedJsonLines(JsonLines):
 
 def paced(label: str, n_cameras: int, rate_hz: float, seconds: float) -> dict:
     """One setting's row."""
-    cameras = {
-        f"camera {n}": PacedCamera(f"camera {n}", rate_hz, int(rate_hz * seconds)) for n in range(n_cameras)
-    }
+    n_frames, names = int(rate_hz * seconds), [f"camera {n}" for n in range(n_cameras)]
+    expected = n_cameras * n_frames
+    cameras = {name: PacedCamera(name, rate_hz, n_frames) for name in names}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "verdicts.jsonl"
-        output = TimedJsonLines(path)
+        output = TimedJsonLines(path, expected)
         started = monotonic()
         line = Line(WaitingDetector(), cameras).add(output)
         counts = line.run()
         took_s = monotonic() - started
         lines = [json.loads(text) for text in path.read_text().splitlines()]
-    expected = n_cameras * int(rate_hz * seconds)
     verdicts = [text for text in lines if text["kind"] == "verdict"]
     seen = {(frame["source"], frame["sequence"]) for verdict in verdicts for frame in verdict["frames"]}
     if not counts.inspected == len(verdicts) == len(seen) == expected:
@@ -153,7 +155,8 @@ def paced(label: str, n_cameras: int, rate_hz: float, seconds: float) -> dict:
     }
 
 
-def percentiles(values: list[float]) -> dict[str, float]:
+def percentiles(values: Iterable[float]) -> dict[str, float]:
+    values = list(values)
     return {f"p{p}" if p < 100 else "max": round(float(np.percentile(values, p)), 3) for p in PERCENTILES}
 
 
@@ -174,14 +177,14 @@ def film(path: Path, bundle: Path, minutes: float) -> dict:
     camera.images = frames
     samples = []
     with tempfile.TemporaryDirectory() as folder:
-        output = TimedJsonLines(Path(folder) / "verdicts.jsonl")
+        output = TimedJsonLines(Path(folder) / "verdicts.jsonl", int(SAMPLE_EVERY_S * rate_hz))
         line = Line(Detector(bundle), camera).add(output)
         next_s = monotonic() + SAMPLE_EVERY_S
         for _ in line:
             if monotonic() >= next_s:
                 next_s += SAMPLE_EVERY_S
-                recent = output.age_ms[-int(SAMPLE_EVERY_S * rate_hz) :]
-                samples.append({"seconds": round(line.snapshot().uptime_s), **memory_mib(), **percentiles(recent)})
+                age = percentiles(output.age_ms)
+                samples.append({"seconds": round(line.snapshot().uptime_s), **memory_mib(), **age})
                 print(samples[-1], file=sys.stderr)
         counts = line.snapshot().counts
     return {"film": path.name, "rate_hz": rate_hz, "minutes": minutes, "counts": str(counts), "samples": samples}

@@ -53,7 +53,8 @@ class CameraProcess:
 
     name:     the camera's address; credentials are taken out of it here
     backend:  "opencv", "gstreamer" or "aravis"; settings: what its `run` takes, JSON-safe
-    buffer:   frames kept for `read`; a newer one pushes the oldest out, which leaves a gap in the numbers
+    buffer:   frames kept for `read`; a newer one pushes the oldest out, which leaves a gap in the numbers.
+              None: the newest alone, unless a line sets it before `open`
     silence_s: a camera that sent no frame for so long counts as lost; 0: it may be silent, as when triggered
     open_s:   how long `open` waits for the camera
 
@@ -67,7 +68,7 @@ class CameraProcess:
         name: str,
         backend: str,
         settings: dict,
-        buffer: int = 1,
+        buffer: int | None = None,
         silence_s: float = 5.0,
         open_s: float = 10.0,
         software_trigger: bool = False,
@@ -98,7 +99,7 @@ class CameraProcess:
         """Raises CameraError within `open_s` and MissingDependencyError with the command that installs it."""
         self.close()
         self._shift = 0 if self._next is None else None
-        self._child = child = _Child(self.name, self.backend, self.settings, self.buffer)
+        self._child = child = _Child(self.name, self.backend, self.settings, self.buffer or 1)
         try:
             child.wait_until_open(self.open_s)
         except OmniADError:

@@ -4,6 +4,7 @@ from time import monotonic
 from typing import TYPE_CHECKING
 
 from .camera_faults import FaultDetector
+from .credentials import without_credentials
 from .errors import CameraError, InputError
 from .frame import EndOfSource, Frame, Source
 from .parts import Part
@@ -12,7 +13,15 @@ if TYPE_CHECKING:
     from .line import Line
 
 READ_S = 0.25  # a camera that gives nothing is asked again after this long, and a stop is noticed
+UNFETCHED_FRAMES = 2  # that the loop over the verdicts may be behind, before policy "every" holds the camera back
 BACK_OFF_S = (0.25, 5.0)  # between attempts to reach a lost camera: doubled from the first to the second
+
+
+class Camera:
+    """What a line knows of one source. state and fault as in `snapshot.CameraState`."""
+
+    def __init__(self) -> None:
+        self.state, self.fault, self.reconnects = "connecting", "", 0
 
 
 class Capture:
@@ -34,14 +43,14 @@ class Capture:
             try:
                 line.rest()  # opening may take long, and the other cameras go on
                 source.open()
-                line.camera_is(source.name, "running")
+                self.state_is("running")
                 self.read_all()
             except EndOfSource:
-                line.camera_is(source.name, "ended")
+                self.state_is("ended")
                 return
             except CameraError as exc:
                 if not line.stopping:
-                    line.camera_is(source.name, "lost", str(exc))
+                    self.state_is("lost", str(exc))
                     source.close()  # or a trigger still on its way would reach the camera when it is back
                     line.pause(self.pause_s)
                     self.pause_s = min(2 * self.pause_s, BACK_OFF_S[1])
@@ -56,7 +65,7 @@ class Capture:
             try:
                 frame, part = self.read_on_demand() if self.on_demand else (self.read(), None)
             except InputError as exc:  # one broken file; the next read goes on behind it
-                line.spoil(self.source.name, str(exc))
+                self.spoil(str(exc))
                 self.asked_s = None
                 expected = None if expected is None else expected + 1  # its gap has been told
                 continue
@@ -69,7 +78,7 @@ class Capture:
     def read(self) -> Frame | None:
         line = self.line
         with line.lock:
-            while line.held_back(self.source.name) and not line.stopping:
+            while self.held_back() and not line.stopping:
                 line.room.wait(READ_S)
                 line.beat()
         return None if line.stopping else self.source.read(READ_S)
@@ -100,3 +109,39 @@ class Capture:
         raise CameraError(
             f"{source.name}: a trigger gave no frame in time; connecting anew, lest it comes for another part"
         )
+
+    def held_back(self) -> bool:
+        """Whether the next frame has to wait; the line's lock is held."""
+        parts, unfetched = self.line.parts, self.line.fetched or ()
+        behind = parts.each_frame and parts.policy == "every" and len(unfetched) >= UNFETCHED_FRAMES
+        return behind or parts.full(self.source.name)
+
+    def spoil(self, detail: str) -> None:
+        """A file cannot be read: its part gets a verdict all the same."""
+        line, source = self.line, self.source.name
+        with line.lock:
+            if line.state != "running":
+                return
+            part_id = f"{source}-unreadable-{line.parts.lost_frames[source] + 1}"
+            reason = f"unreadable frame: {without_credentials(detail)}"
+            line.parts.spoil(source, reason, part_id, line.product, monotonic())
+            line.tell("frame unreadable", source, detail)
+            line.deliver()
+
+    def state_is(self, state: str, detail: str = "") -> None:
+        """The camera's state; parts that want a frame from one that is gone are decided."""
+        line, source = self.line, self.source.name
+        with line.lock:
+            camera = line.cameras[source]
+            event = f"camera {state}"
+            if state == "running":
+                camera.reconnects += camera.state == "lost"
+                event = "camera back" if camera.state == "lost" else "camera runs"
+            else:
+                line.parts.lose_camera(source, f"camera {state}: {source}")
+                line.deliver()
+            if camera.state != state:
+                line.tell(event, source, detail)
+            camera.state, camera.fault = state, ""
+            line.changed.notify_all()
+            line.fetchable.notify_all()

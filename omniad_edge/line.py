@@ -7,25 +7,24 @@
 
 import threading
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from math import inf
 from time import monotonic
 from typing import Any
 from uuid import uuid4
 
-from .capture import Capture
+from .capture import Camera, Capture
 from .clock import keep_deadlines, stopped_by_signals, trigger_periodically
 from .credentials import without_credentials
 from .errors import InputError, OutputError
 from .frame import Frame
 from .outputs import Callback, OutputQueue
-from .parts import QUEUE_FRAMES, Part, Parts, View
-from .result import Result
+from .parts import QUEUE_FRAMES, Part, Parts
 from .side_by_side import side_by_side
 from .snapshot import CameraState, Counts, Snapshot
 from .sources import open_source
-from .verdict import NO_VERDICT, REJECT, Late, Origin, Record, Status, Verdict
+from .verdict import NO_VERDICT, REJECT, Origin, Record, Status, Verdict
 from .workers import Workers
 
 LOOK_S = 0.05  # a signal's handler only sets stop_asked; this often it is looked at
@@ -34,12 +33,13 @@ MARGIN_S = 0.002  # a safe verdict is given this long before its deadline, to be
 STOP_S = 0.4  # for threads, and as long again for outputs
 DRAIN_S = 10.0  # for outputs where the sources have ended by themselves
 WORKERS = 2  # one prepares a frame and judges a map while the other has the engine
-UNFETCHED = 100  # verdicts of triggered parts that a `for` loop may be behind; ...
-UNFETCHED_FRAMES = 2  # ... with policy "every" it holds the cameras back instead
+UNFETCHED = 100  # verdicts of triggered parts that a `for` loop may be behind; frames are held back before
 
 
 class Line:
-    """detector: what inspects, usually a Detector: called with a list of frames and a product
+    """Inspects what its cameras see and gives exactly one verdict a part.
+
+    detector: what inspects, usually a Detector: called with a list of frames and a product
     source:   where frames come from (see `open_source`), or several by name: {"top": ..., "side": ...}
     product:  whose threshold applies; may be changed while the line runs, for the parts that come then
     trigger:  "frame": every frame is a part, right for a camera with a trigger line, too; "call": `trigger()`
@@ -98,8 +98,10 @@ class Line:
         self.sources = {}
         for given, what in sources.items():
             opened = open_source(what)
-            if each_frame and policy == "every" and opened.live:
-                opened.buffer = max(getattr(opened, "buffer", 1), QUEUE_FRAMES)  # a short delay costs no frame
+            if each_frame and policy == "every" and getattr(opened, "buffer", 0) is None:
+                opened.buffer = (
+                    QUEUE_FRAMES  # so that a short delay costs no frame, where nothing else was asked for
+                )
             opened.name = given or opened.name
             self.sources[opened.name] = opened
             if each_frame and opened.software_trigger:
@@ -249,9 +251,8 @@ class Line:
 
     def start(self) -> None:
         workers = Workers(self, self.detector, self.deadline_ms)
-        raised = side_by_side(
-            [workers.measure], inf, lambda: self.stop_asked
-        )  # the engine may hang from the start
+        # The engine may hang from the start.
+        raised = side_by_side([workers.measure], inf, lambda: self.stop_asked)
         if raised:
             raise raised[0]
         for output in self.outputs:
@@ -321,7 +322,7 @@ class Line:
             lambda: time_s == DRAIN_S and self.stop_asked,
         )
 
-    # ---- what capturing threads say (see `capture.py`)
+    # ---- for the threads of `capture.py`, `workers.py` and `clock.py`
 
     def take(self, frame: Frame, fault: str, gap: int, part: Part | None = None) -> None:
         """A frame, what makes it unfit, how many the camera lost before it, and the part it was asked for."""
@@ -341,41 +342,6 @@ class Line:
             if due_s is not None and due_s < self.next_due_s:
                 self.part_opened.notify_all()
 
-    def spoil(self, source: str, detail: str) -> None:
-        """A file of this source cannot be read: its part gets a verdict all the same."""
-        with self.lock:
-            if self.state != "running":
-                return
-            part_id = f"{source}-unreadable-{self.parts.lost_frames[source] + 1}"
-            reason = f"unreadable frame: {without_credentials(detail)}"
-            self.parts.spoil(source, reason, part_id, self.product, monotonic())
-            self.tell("frame unreadable", source, detail)
-            self.deliver()
-
-    def camera_is(self, source: str, state: str, detail: str = "") -> None:
-        """Its state has changed; parts that want a frame from one that is gone are decided."""
-        with self.lock:
-            camera = self.cameras[source]
-            if state == "running":
-                camera.reconnects += camera.state == "lost"
-                event = "camera back" if camera.state == "lost" else "camera runs"
-            else:
-                event = f"camera {state}"
-                self.parts.lose_camera(source, f"camera {state}: {source}")
-                self.deliver()
-            if camera.state != state:
-                self.tell(event, source, detail)
-            camera.state, camera.fault = state, ""
-            for condition in (self.changed, self.fetchable):
-                condition.notify_all()
-
-    def held_back(self, source: str) -> bool:
-        """Whether this source has to wait with its next frame; the lock is held."""
-        behind = (
-            self.fetched is not None and self.parts.policy == "every" and len(self.fetched) >= UNFETCHED_FRAMES
-        )
-        return self.parts.full(source) or (self.parts.each_frame and behind)
-
     def pause(self, seconds: float) -> None:
         """Wait, unless the line stops."""
         end = monotonic() + seconds
@@ -384,27 +350,13 @@ class Line:
             with self.lock:
                 self.changed.wait(min(TICK_S, max(0.0, end - monotonic())))
 
-    # ---- what workers say (see `workers.py`)
+    def beat(self) -> None:
+        """This thread is alive and not in a call that may take long."""
+        self.beats[threading.current_thread().name] = monotonic()
 
-    def finish(self, views: list[View], results: Sequence[Result]) -> None:
-        """What the detector found on these frames."""
-        with self.lock:
-            for view, result in zip(views, results, strict=True):
-                if not self.parts.finish(view, result):
-                    part, now_s = view.part, monotonic()
-                    due_s = part.triggered_s if part.deadline_s is None else part.deadline_s
-                    self.put(Late(self.origin(), part.part_id, 1e3 * (now_s - due_s), result, view.frame))
-            self.deliver()
-
-    def engine_failed(self, view: View | None, error: Exception) -> None:
-        """view: what it was working on; None for a blank frame to keep it warm."""
-        with self.lock:
-            if view is not None:
-                self.parts.fail(view, without_credentials(f"engine failed: {error}"))
-            self.tell("engine failed", "", f"{type(error).__name__}: {error}")
-            self.deliver()
-        if self.on_error == "stop":
-            self.fail(error)
+    def rest(self) -> None:
+        """This thread may be silent for a while."""
+        self.beats.pop(threading.current_thread().name, None)
 
     # ---- what is said; the lock is held
 
@@ -441,21 +393,6 @@ class Line:
             self.tell(event, who, detail)
         if self.on_error == "stop" and event == "output error":
             self.fail(OutputError(f"{who}: {detail}"))
-
-    def beat(self) -> None:
-        """This thread is alive and not in a call that may take long."""
-        self.beats[threading.current_thread().name] = monotonic()
-
-    def rest(self) -> None:
-        """This thread may be silent for a while."""
-        self.beats.pop(threading.current_thread().name, None)
-
-
-class Camera:
-    """What the line knows of one source."""
-
-    def __init__(self) -> None:
-        self.state, self.fault, self.reconnects = "connecting", "", 0
 
 
 def check_choice(what: str, given: object, choices: tuple[str, ...]) -> None:

@@ -31,15 +31,14 @@ FORMS = """\
                                       &existing=0 passes over those that are there already
   and from Python any iterable of (H, W, 3) uint8 BGR arrays
 Cameras take ?timeout_s=5, after how many seconds of silence they count as lost (0: never, they may be silent),
-and ?buffer=1, how many frames wait for the reader (8 if triggered); a pipeline takes both before its elements:
-gst:timeout_s=0 buffer=2 v4l2src"""
+and ?buffer=1, how many frames wait for the reader (8 where each is inspected); a pipeline takes both before its
+elements: gst:timeout_s=0 buffer=2 v4l2src"""
 
 SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):")  # two letters at least: C:\ is a drive
 FEATURE = re.compile(r"[A-Z][A-Za-z0-9_]*")  # as GenICam names them
 TIMEOUT_S = 5.0  # default silence after which a camera counts as lost
 START_S = 5.0  # for a camera's process to start, on top
 GENICAM_OPEN_S = 20.0  # its description is read from the camera, over its network
-NEWEST = 1  # frames kept of a camera that runs by itself
 IN_ORDER = 8  # and of one that is triggered, each of whose frames is a part
 
 Parse = Callable[[str], object]
@@ -254,7 +253,7 @@ def _waiting(options: dict) -> dict:
     """What CameraProcess takes for WAITING, and how long its opening may last."""
     silence_s = options.get("timeout_s", TIMEOUT_S)
     return {
-        "buffer": options.get("buffer", NEWEST),
+        "buffer": options.get("buffer"),
         "silence_s": silence_s,
         "open_s": (silence_s or TIMEOUT_S) + START_S,
     }

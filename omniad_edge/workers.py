@@ -1,10 +1,14 @@
 """Threads that inspect: they take waiting frames from a line, call its detector and hand the results back."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from time import monotonic
 from typing import TYPE_CHECKING
 
 import numpy as np
+
+from .credentials import without_credentials
+from .result import Result
+from .verdict import Late
 
 if TYPE_CHECKING:
     from .line import Line
@@ -68,16 +72,39 @@ class Workers:
         try:
             self.detector([BLANK], self.line.product)
         except Exception as exc:
-            self.line.engine_failed(None, exc)
+            self.failed(None, exc)
 
     def inspect(self, views: list["View"]) -> None:
         try:
             results = self.detector([view.frame.image for view in views], views[0].part.product)
         except Exception as exc:
             if len(views) == 1:
-                self.line.engine_failed(views[0], exc)
+                self.failed(views[0], exc)
                 return
             for view in views:  # one bad frame costs no other part its verdict
                 self.inspect([view])
         else:
-            self.line.finish(views, results)
+            self.finish(views, results)
+
+    def finish(self, views: list["View"], results: Sequence[Result]) -> None:
+        """What the detector found on these frames; too late for a verdict, it is recorded."""
+        line = self.line
+        with line.lock:
+            for view, result in zip(views, results, strict=True):
+                if not line.parts.finish(view, result):
+                    part = view.part
+                    due_s = part.triggered_s if part.deadline_s is None else part.deadline_s
+                    late_ms = 1e3 * (monotonic() - due_s)
+                    line.put(Late(line.origin(), part.part_id, late_ms, result, view.frame))
+            line.deliver()
+
+    def failed(self, view: "View | None", error: Exception) -> None:
+        """view: what the detector was working on; None for a blank frame to keep it warm."""
+        line = self.line
+        with line.lock:
+            if view is not None:
+                line.parts.fail(view, without_credentials(f"engine failed: {error}"))
+            line.tell("engine failed", "", f"{type(error).__name__}: {error}")
+            line.deliver()
+        if line.on_error == "stop":
+            line.fail(error)

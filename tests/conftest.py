@@ -32,6 +32,23 @@ def draw():
     return draw
 
 
+@pytest.fixture
+def opened():
+    """opened(address): the source of an address, open; closed in the end."""
+    from omniad_edge.sources import open_source
+
+    sources = []
+
+    def open_one(address):
+        sources.append(open_source(address))
+        sources[-1].open()
+        return sources[-1]
+
+    yield open_one
+    for source in sources:
+        source.close()
+
+
 @pytest.fixture(scope="session")
 def golden_dir() -> Path:
     """Folder of float64 reference values of the published network; not part of the repository."""

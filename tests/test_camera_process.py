@@ -20,21 +20,6 @@ needs_gstreamer = skip_without(GSTREAMER)
 ENDLESS = "gst:{}videotestsrc is-live=true pattern={} ! video/x-raw,width={},height={},framerate=50/1"
 
 
-@pytest.fixture
-def opened():
-    """open_source and open; closed in the end."""
-    sources = []
-
-    def open_one(address):
-        sources.append(open_source(address))
-        sources[-1].open()
-        return sources[-1]
-
-    yield open_one
-    for source in sources:
-        source.close()
-
-
 def process_of(source) -> int:
     return source._child.process.pid
 

@@ -42,20 +42,6 @@ def camera():
         yield process
 
 
-@pytest.fixture
-def opened():
-    sources = []
-
-    def open_one(address):
-        sources.append(open_source(address))
-        sources[-1].open()
-        return sources[-1]
-
-    yield open_one
-    for source in sources:
-        source.close()
-
-
 @needs_aravis
 def test_free_running_until_it_dies(camera, opened):
     source = opened("gige://?timeout_s=1")  # the only one

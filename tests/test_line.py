@@ -22,7 +22,7 @@ from omniad_edge.errors import InputError, OutputError
 from omniad_edge.frame import Frame
 from omniad_edge.line import Line
 from omniad_edge.outputs import Output
-from omniad_edge.parts import OPEN_FRAMES
+from omniad_edge.parts import OPEN_FRAMES, QUEUE_FRAMES
 
 
 class Keeper(Output):
@@ -512,6 +512,19 @@ def test_a_watched_folders_broken_file_gets_one_verdict(tmp_path):
         verdicts = r.keeper.wait(3)
         assert [v.reason for v in verdicts] == ["", "unreadable frame: 1.png: damaged", ""]
         assert r.line.snapshot().cameras[0].lost_frames == 1
+
+
+@pytest.mark.parametrize(
+    "address, policy, buffer",
+    [
+        ("webcam:0", "every", QUEUE_FRAMES),
+        ("webcam:0?buffer=1", "every", 1),
+        ("webcam:0", "latest", None),
+    ],
+)
+def test_frames_that_wait_where_each_is_inspected(address, policy, buffer):
+    line = Line(FakeDetector(), address, policy=policy)
+    assert line.sources["webcam:0" if buffer != 1 else address].buffer == buffer
 
 
 def test_an_unknown_product_is_refused_where_it_is_named():

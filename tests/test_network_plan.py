@@ -1,6 +1,7 @@
 """The whole network as a plan in Triton's interpreter, against the float64 reference."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -117,6 +118,9 @@ def test_the_default_network_takes_few_launches():
     assert len(plan.launches) <= 190
     weights = sum(b.size_bytes for b in plan.buffers.values() if b.kind == "weight")
     assert weights < 66e6 and plan.arena_bytes < weights + 10e6
+    megabytes = f"{plan.arena_bytes / 1e6:.0f} MB, {weights / 1e6:.0f} MB of them weights"
+    readme = " ".join((Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8").split())
+    assert f"{len(plan.launches)} launches in one CUDA graph, over one allocation of {megabytes}" in readme
 
 
 def test_batches_share_weights_and_kernels():
