@@ -123,8 +123,10 @@ class Late:
 class Status:
     """Something happened to a camera, an output or the line.
 
-    event: "line started", "line stopped", "camera lost", "camera back", "camera fault", "camera well",
-           "output failed", "output back", "output dropped", "engine failed", ...
+    event: "line started", "line stopped", "close failed", "camera runs", "camera lost", "camera back",
+           "camera ended", "camera fault", "camera well", "frame unreadable", "engine failed",
+           "verdict not fetched"; of outputs "output failed", "output back", "output error", "output dropped",
+           "output refused", "spool damaged"; of MQTT triggers "trigger lost", "trigger back", "trigger fault"
     who:   name of the source or output; detail: in words
     """
 
