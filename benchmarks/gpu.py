@@ -9,7 +9,7 @@ latency  batch 1, 8, 32: engine alone (CUDA events) and pixels in to map and sco
 probes   what this GPU needs at least: to read each weight once, do each product once, start that many kernels
 Weights are seeded: latency does not depend on their values. With --run the parity gate takes a trained network and
 defective images too; an untrained one ranks them by chance, and near ties would decide.
-Data on stdout, progress on stderr; exit code 0, 1.
+Data on stdout, progress on stderr; exit code 0, 1 failure, 2 usage.
 """
 
 import argparse
@@ -58,7 +58,7 @@ COPY_BYTES = 1 << 30
 MATMUL_SIZE = 8192
 
 
-def main() -> int:
+def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -70,7 +70,7 @@ def main() -> int:
     parser.add_argument("--warm-up", type=int, default=20, help="passes before these (default: 20)")
     parser.add_argument("--run", type=Path, help="folder of a trained run, for the parity gate of e2e")
     parser.add_argument("--skip-compile", action="store_true", help="leave out torch.compile, minutes at batch 32")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     for part in args.parts:
         if part not in PARTS:
             parser.error(f"expected some of {', '.join(PARTS)}; got {part!r}")

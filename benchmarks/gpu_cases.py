@@ -74,7 +74,8 @@ def make_cases(bench: Bench, batch: int, skip_compile: bool, left_out: list[str]
         ("torch eager fp16", lambda: torch_case(bench, batch, "eager")),
         ("torch eager fp16 graph", lambda: torch_case(bench, batch, "graph")),
         ("torch.compile fp16 max-autotune", lambda: torch_case(bench, batch, "compile")),
-        ("onnxruntime cuda fp32, plain export", lambda: onnxruntime_case(bench, batch)),
+        ("onnxruntime cuda fp32, plain export", lambda: onnxruntime_case(bench, batch, "CUDA")),
+        ("onnxruntime tensorrt fp16, plain export", lambda: onnxruntime_case(bench, batch, "Tensorrt")),
     ):
         if "torch.compile" in name and skip_compile:
             continue
@@ -152,14 +153,16 @@ class HalfPrecision(torch.nn.Module):
         return total / 9, total.amax((1, 2)) / 9
 
 
-def onnxruntime_case(bench: Bench, batch: int):
+def onnxruntime_case(bench: Bench, batch: int, vendor: str):
     import onnxruntime
 
-    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
-        raise OmniADError("this onnxruntime has no CUDA provider")
-    session = onnxruntime.InferenceSession(
-        export_plain(bench.model, "paper"), providers=["CUDAExecutionProvider", "CPUExecutionProvider"]
-    )
+    provider, options = f"{vendor}ExecutionProvider", {"trt_fp16_enable": True} if vendor == "Tensorrt" else {}
+    if provider not in onnxruntime.get_available_providers():
+        raise OmniADError(f"this onnxruntime has no {provider}")
+    model = export_plain(bench.model, "paper")
+    session = onnxruntime.InferenceSession(model, providers=[(provider, options), "CPUExecutionProvider"])
+    if session.get_providers()[0] != provider:  # ONNX Runtime goes on without it and only logs why
+        raise OmniADError(f"{provider} does not start on this machine")
     given = normalised(bench.pixels(batch))
     return (
         lambda: session.run(None, {"pixels": given}),

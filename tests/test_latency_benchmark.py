@@ -13,7 +13,8 @@ import torch
 from omniad_edge.model import ModelConfig, normalise
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
-QUICK = ("--preset", "small", "--size", "64", "--samples", "2", "--warm-up", "0", "--threads", "2")
+ON_CPU = ("--device", "cpu")
+QUICK = (*ON_CPU, "--preset", "small", "--size", "64", "--samples", "2", "--warm-up", "0", "--threads", "2")
 
 
 def run(*arguments, hidden: Path | None = None) -> subprocess.CompletedProcess:
@@ -111,9 +112,16 @@ def test_wrong_arguments_are_usage_errors(arguments, reason, benchmark_modules, 
     from latency import main
 
     with pytest.raises(SystemExit) as stop:
-        main(list(arguments))
+        main([*ON_CPU, *arguments])
     assert stop.value.code == 2
     assert reason in capsys.readouterr().err
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_the_gpu_benchmark_without_a_gpu_fails_in_words():
+    pytest.importorskip("triton")
+    done = run("--device", "cuda")
+    assert (done.returncode, done.stdout) == (1, "") and "no NVIDIA GPU" in done.stderr
 
 
 def test_a_missing_bundle_is_a_failure_without_traceback(tmp_path):
@@ -147,18 +155,18 @@ def test_without_openvino_its_rows_are_left_out_with_the_command(tmp_path):
 
 
 def test_cases_that_compute_something_else_are_not_timed(benchmark_modules):
-    import latency
+    import cpu
     from cases import Case
 
     pixels = np.zeros((1, 4, 4, 3), np.uint8)
     ours, other = (Case(name, Path("x.omniad"), "onnxruntime", "fp32") for name in ("ours/a", "torch/b"))
     runs = {ours: lambda x: (np.zeros((1, 4, 4)), None), other: lambda x: (np.full((1, 4, 4), 0.01), None)}
-    args = latency.parse(["--batch", "1"])
-    with pytest.raises(latency.OmniADError, match="torch/b does not compute what ours/a does"):
-        latency.output_errors(runs, {(1, False): pixels}, args)
+    args = cpu.parse(["--batch", "1"])
+    with pytest.raises(cpu.OmniADError, match="torch/b does not compute what ours/a does"):
+        cpu.output_errors(runs, {(1, False): pixels}, args)
     runs[other] = lambda x: (np.full((1, 4, 4), np.nan), None)
-    with pytest.raises(latency.OmniADError, match="differs by nan"):
-        latency.output_errors(runs, {(1, False): pixels}, args)
+    with pytest.raises(cpu.OmniADError, match="differs by nan"):
+        cpu.output_errors(runs, {(1, False): pixels}, args)
 
 
 @pytest.mark.parametrize(
