@@ -3,7 +3,8 @@
     python benchmarks/stream.py --json stream.json              an engine that waits 1 ms; 1,000 frames/s
     python benchmarks/stream.py --film line.mp4 --bundle line3.omniad --minutes 30
 
-First form: frames of 640x480 arrive at a fixed rate, from one camera or several, are checked for camera faults,
+First form: frames of 640x480 arrive at a fixed rate, from one camera, from four in turn or from four at the same
+instants (there the last of a burst also waits for the others' share of the CPU), are checked for camera faults,
 wait 1 ms in the stand-in of an engine that resizes on its GPU, are judged (mask, regions of a 256x256 map) and
 written as JSON lines. `overhead` is the time from a frame's arrival to its line in the file, less the call of the
 detector that it was in: queues, threads, bookkeeping, JSON. Second form: the real engine on a film in a loop;
@@ -29,13 +30,18 @@ from omniad_edge.calibration import Calibration
 from omniad_edge.errors import CameraError, InputError, OmniADError
 from omniad_edge.files import atomic_write
 from omniad_edge.frame import EndOfSource, Frame
-from omniad_edge.json_lines import JsonLines
-from omniad_edge.line import Line
+from omniad_edge.line.line import Line
+from omniad_edge.outputs.json_lines import JsonLines
 from omniad_edge.result import Result, decide
 
 SIZE_PX = 256  # of the stand-in's anomaly maps
 FRAME = (480, 640, 3)
-SETTINGS = (("one camera, 1000 frames/s", 1, 1000), ("four cameras, 250 frames/s each", 4, 250))
+SETTINGS = (  # cameras, frames/s of each, whether all expose at the same instant
+    ("one camera, 1000 frames/s", 1, 1000, True),
+    ("four cameras, 250 frames/s each", 4, 250, False),
+    ("four cameras, 250 frames/s each, triggered together", 4, 250, True),
+)
+START_S = 1.0  # until the first frame: the line measures its engine meanwhile
 PERCENTILES = (50, 90, 99, 100)
 SAMPLE_EVERY_S = 10.0  # of memory and age
 
@@ -45,14 +51,16 @@ class PacedCamera:
 
     live, software_trigger = True, False
 
-    def __init__(self, name: str, rate_hz: float, n_frames: int) -> None:
+    def __init__(self, name: str, rate_hz: float, n_frames: int, first_s: float) -> None:
+        """first_s: when the first frame comes, a time of `monotonic`."""
+        self.start_s = first_s
         self.name, self.period_s, self.n_frames = name, 1 / rate_hz, n_frames
         rng = np.random.default_rng(7)
         self.images = [rng.integers(0, 256, FRAME, np.uint8) for _ in range(8)]
         self.count = 0
 
     def open(self) -> None:
-        self.start_s = monotonic() + 0.2
+        pass
 
     def read(self, timeout_s: float) -> Frame:
         if self.count == self.n_frames:
@@ -60,7 +68,7 @@ class PacedCamera:
         due_s = self.start_s + self.count * self.period_s
         if (wait_s := due_s - monotonic()) > 0:
             sleep(wait_s)
-        frame = Frame(self.images[self.count % len(self.images)], self.count, max(due_s, self.start_s), self.name)
+        frame = Frame(self.images[self.count % len(self.images)], self.count, due_s, self.name)
         self.count += 1
         return frame
 
@@ -128,11 +136,14 @@ class TimedJsonLines(JsonLines):
                 self.overhead_ms.append(age_ms - record.results[0].speed_ms["total"])
 
 
-def paced(label: str, n_cameras: int, rate_hz: float, seconds: float) -> dict:
+def paced(label: str, n_cameras: int, rate_hz: float, together: bool, seconds: float) -> dict:
     """One setting's row."""
     n_frames, names = int(rate_hz * seconds), [f"camera {n}" for n in range(n_cameras)]
-    expected = n_cameras * n_frames
-    cameras = {name: PacedCamera(name, rate_hz, n_frames) for name in names}
+    expected, start_s = n_cameras * n_frames, monotonic() + START_S
+    phase_s = 0 if together else 1 / rate_hz / n_cameras
+    cameras = {
+        name: PacedCamera(name, rate_hz, n_frames, start_s + index * phase_s) for index, name in enumerate(names)
+    }
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "verdicts.jsonl"
         output = TimedJsonLines(path, expected)
@@ -173,12 +184,12 @@ def film(path: Path, bundle: Path, minutes: float) -> dict:
     capture.release()
     if not frames:
         raise InputError(f"{path}: expected a film, no frame can be read")
-    camera = PacedCamera("film", rate_hz, int(60 * minutes * rate_hz))
+    detector, samples = Detector(bundle), []
+    camera = PacedCamera("film", rate_hz, int(60 * minutes * rate_hz), monotonic() + START_S)
     camera.images = frames
-    samples = []
     with tempfile.TemporaryDirectory() as folder:
         output = TimedJsonLines(Path(folder) / "verdicts.jsonl", int(SAMPLE_EVERY_S * rate_hz))
-        line = Line(Detector(bundle), camera).add(output)
+        line = Line(detector, camera).add(output)
         next_s = monotonic() + SAMPLE_EVERY_S
         for _ in line:
             if monotonic() >= next_s:

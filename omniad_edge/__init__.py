@@ -6,19 +6,19 @@ rich; a Detector adds ONNX Runtime or OpenVINO. Training and export live in `omn
 """
 
 from . import errors
+from .cameras.sources import open_source
 from .detector import Detector
 from .errors import OmniADError
 from .frame import Frame
-from .health import Health
-from .json_lines import JsonLines
-from .line import Line
-from .mqtt import Mqtt, MqttTrigger
-from .rejects import Rejects
+from .line.health import Health
+from .line.line import Line
+from .line.terminal_view import TerminalView
+from .outputs.json_lines import JsonLines
+from .outputs.mqtt import Mqtt, MqttTrigger
+from .outputs.rejects import Rejects
+from .outputs.webhook import Webhook
 from .result import Region, Result
-from .sources import open_source
-from .terminal_view import TerminalView
 from .verdict import Verdict
-from .webhook import Webhook
 
 __all__ = [
     "Detector",

@@ -284,7 +284,7 @@ def predict(options: argparse.Namespace) -> int:
 
 
 def run(options: argparse.Namespace) -> int:
-    from .run_line import run_file
+    from .line.run import run_file
 
     return run_file(options.file, options.check)
 

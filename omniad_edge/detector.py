@@ -8,12 +8,12 @@ from time import perf_counter
 import numpy as np
 
 from .bundle import read_bundle
+from .cameras.sources import open_source
 from .engine import open_engine
 from .errors import InputError
 from .frame import EndOfSource, Source
 from .image import FrameArray
 from .result import Result, decide
-from .sources import open_source
 
 BATCH = 8  # frames per engine call when a list is given
 READ_S = 1.0  # that `stream` waits for a frame at a time

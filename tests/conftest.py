@@ -35,7 +35,7 @@ def draw():
 @pytest.fixture
 def opened():
     """opened(address): the source of an address, open; closed in the end."""
-    from omniad_edge.sources import open_source
+    from omniad_edge.cameras.sources import open_source
 
     sources = []
 

@@ -15,10 +15,10 @@ from time import monotonic
 from line_parts import FakeDetector
 from watched_line import LargerCamera, counters_watched
 
-from omniad_edge.json_lines import JsonLines
-from omniad_edge.line import Line
-from omniad_edge.rejects import Rejects
-from omniad_edge.webhook import Webhook
+from omniad_edge.line.line import Line
+from omniad_edge.outputs.json_lines import JsonLines
+from omniad_edge.outputs.rejects import Rejects
+from omniad_edge.outputs.webhook import Webhook
 
 PERIOD_S = 0.005
 

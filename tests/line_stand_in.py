@@ -7,9 +7,9 @@ from itertools import count
 import numpy as np
 
 from omniad_edge.frame import Frame
-from omniad_edge.outputs import OutputStatus
+from omniad_edge.line.snapshot import CameraState, Counts, Snapshot
+from omniad_edge.outputs.delivery import OutputStatus
 from omniad_edge.result import Result
-from omniad_edge.snapshot import CameraState, Counts, Snapshot
 from omniad_edge.verdict import Late, Origin, Status, Verdict
 
 numbers = count(1)

@@ -16,7 +16,7 @@ from jsonschema import Draft202012Validator
 from omniad_edge.calibration import Calibration
 from omniad_edge.errors import OutputError
 from omniad_edge.frame import Frame
-from omniad_edge.outputs import Output, OutputQueue
+from omniad_edge.outputs.delivery import Output, OutputQueue
 from omniad_edge.result import Result, decide
 from omniad_edge.verdict import Late, Origin, Status, Verdict, record_schema
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from omniad_edge.camera_faults import (
+from omniad_edge.cameras.camera_faults import (
     ADAPT_FRAMES,
     ADAPT_S,
     BLACK,

@@ -11,10 +11,10 @@ import numpy as np
 import pytest
 from cameras import GSTREAMER, PYTHON, read_until_lost, skip_without, wait_until
 
-from omniad_edge import camera_process
-from omniad_edge.camera_process import CameraProcess
+from omniad_edge.cameras import camera_process
+from omniad_edge.cameras.camera_process import CameraProcess
+from omniad_edge.cameras.sources import open_source
 from omniad_edge.errors import CameraError, InputError, MissingDependencyError
-from omniad_edge.sources import open_source
 
 needs_gstreamer = skip_without(GSTREAMER)
 ENDLESS = "gst:{}videotestsrc is-live=true pattern={} ! video/x-raw,width={},height={},framerate=50/1"

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from cameras import ARAVIS, gige_port, read_until_lost, running, skip_without, wait_until
 
-from omniad_edge.aravis_child import unwrap
+from omniad_edge.cameras.aravis_child import unwrap
+from omniad_edge.cameras.sources import open_source
 from omniad_edge.errors import CameraError, InputError
-from omniad_edge.sources import open_source
 
 needs_aravis = skip_without(ARAVIS)
 CONTROL_PORT = f":{3956:04X} "  # of every GigE Vision camera

@@ -14,11 +14,11 @@ from line_stand_in import SIDE, TOP, StandInLine, late, result, status, verdict
 from prometheus_client import REGISTRY
 from prometheus_client.parser import text_string_to_metric_families as families
 
-from omniad_edge import health as health_module
 from omniad_edge.errors import InputError, MissingDependencyError, OutputError
-from omniad_edge.health import FAILING_S, QUIET_S, Health, troubles
-from omniad_edge.line import Line
-from omniad_edge.line_metrics import MAX_NAMES, OTHERS, SCORES
+from omniad_edge.line import health as health_module
+from omniad_edge.line.health import FAILING_S, QUIET_S, Health, troubles
+from omniad_edge.line.line import Line
+from omniad_edge.line.metrics import MAX_NAMES, OTHERS, SCORES
 
 
 @pytest.fixture

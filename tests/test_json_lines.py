@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from records import Events, check, make_status, make_verdict, of_every_kind, small_disk, started
 
-from omniad_edge import outputs
 from omniad_edge.errors import OutputError
-from omniad_edge.json_lines import JsonLines
+from omniad_edge.outputs import delivery
+from omniad_edge.outputs.json_lines import JsonLines
 
 
 @pytest.fixture
@@ -72,7 +72,7 @@ def test_a_killed_process_leaves_whole_lines(tmp_path):
     path = tmp_path / "line.jsonl"
     code = f"""
         from records import make_status
-        from omniad_edge.json_lines import JsonLines
+        from omniad_edge.outputs.json_lines import JsonLines
         output = JsonLines({str(path)!r})
         output.open()
         number = 0
@@ -134,7 +134,7 @@ def test_what_could_not_be_taken_back_at_once_is_before_the_next_write(opened, m
 
 
 def test_nothing_is_lost_or_doubled_by_a_full_disk(tmp_path, monkeypatch):
-    monkeypatch.setattr(outputs, "RETRY_S", (0.001, 0.01))
+    monkeypatch.setattr(delivery, "RETRY_S", (0.001, 0.01))
     events = Events()
     with small_disk(tmp_path / "disk", size_kb=256) as disk:
         ballast = disk / "ballast"
@@ -154,7 +154,7 @@ def test_nothing_is_lost_or_doubled_by_a_full_disk(tmp_path, monkeypatch):
 
 
 def test_nothing_is_glued_to_a_torn_line_on_a_full_disk(tmp_path, monkeypatch):
-    monkeypatch.setattr(outputs, "RETRY_S", (0.001, 0.01))
+    monkeypatch.setattr(delivery, "RETRY_S", (0.001, 0.01))
     events = Events()
     with small_disk(tmp_path / "disk", size_kb=64) as disk:
         path, ballast = disk / "line.jsonl", disk / "ballast"

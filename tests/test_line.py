@@ -17,12 +17,12 @@ import pytest
 from line_parts import FakeCamera, FakeDetector
 from records import PATIENCE_S, check, wait_until
 
-from omniad_edge import clock
 from omniad_edge.errors import InputError, OutputError
 from omniad_edge.frame import Frame
-from omniad_edge.line import Line
-from omniad_edge.outputs import Output
-from omniad_edge.parts import OPEN_FRAMES, QUEUE_FRAMES
+from omniad_edge.line import clock
+from omniad_edge.line.line import Line
+from omniad_edge.line.parts import OPEN_FRAMES, QUEUE_FRAMES
+from omniad_edge.outputs.delivery import Output
 
 
 class Keeper(Output):
@@ -410,7 +410,7 @@ def test_signals_stop_the_line_with_every_part_decided(number):
         import sys
         sys.path.insert(0, sys.argv[1])
         from line_parts import FakeCamera, FakeDetector
-        from omniad_edge.line import Line
+        from omniad_edge.line.line import Line
         camera, detector = FakeCamera(), FakeDetector()
         line = Line(detector, camera)
         line.add(lambda verdict: print(verdict.part_id, verdict.decision, verdict.reason, flush=True))

@@ -15,14 +15,14 @@ from test_gige import fake_camera, is_up
 from test_line import Keeper
 from watched_line import NOISE_MS, WatchedLine, counters_watched, p99_ms, read_records
 
-from omniad_edge import capture
 from omniad_edge.detector import Detector
 from omniad_edge.export.bundle_export import export_bundle
-from omniad_edge.json_lines import JsonLines
-from omniad_edge.line import Line
+from omniad_edge.line import capture
+from omniad_edge.line.line import Line
+from omniad_edge.line.snapshot import Counts
 from omniad_edge.metrics import auroc
 from omniad_edge.model import PRESETS
-from omniad_edge.snapshot import Counts
+from omniad_edge.outputs.json_lines import JsonLines
 from omniad_edge.train import train
 from omniad_edge.verdict import Verdict
 

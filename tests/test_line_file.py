@@ -22,13 +22,15 @@ from hypothesis import strategies as st
 from line_parts import FakeDetector
 from records import PATIENCE_S, check, wait_until
 
-from omniad_edge import camera_process, line_file, run_line
+from omniad_edge.cameras import camera_process
 from omniad_edge.cli import main
 from omniad_edge.errors import InputError
-from omniad_edge.line import Line
-from omniad_edge.line_file import LineFile, located, read_line_file
-from omniad_edge.line_keys import TABLES
-from omniad_edge.outputs import OutputStatus
+from omniad_edge.line import file as line_file
+from omniad_edge.line import run as run_line
+from omniad_edge.line.file import LineFile, located, read_line_file
+from omniad_edge.line.keys import TABLES
+from omniad_edge.line.line import Line
+from omniad_edge.outputs.delivery import OutputStatus
 
 OMNIAD = str(Path(sys.prefix) / "bin" / "omniad")
 WAITS = "outputs.webhook.timeout_s"

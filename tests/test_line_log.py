@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from line_stand_in import status, verdict
 
-from omniad_edge import line_log
-from omniad_edge.line_log import BURST, MAX_MESSAGES, REPEAT_S, LineHandler, StatusLog, human_line, json_line
+from omniad_edge.line import log as line_log
+from omniad_edge.line.log import BURST, MAX_MESSAGES, REPEAT_S, LineHandler, StatusLog, human_line, json_line
 
 logger = logging.getLogger("omniad_edge.test")
 
@@ -223,7 +223,7 @@ def test_a_closed_stderr_does_not_stop_the_line(handler, monkeypatch):
 
 def test_a_program_that_ends_tells_what_it_held_back():
     program = (
-        "import logging, warnings; from omniad_edge.line_log import start_log\n"
+        "import logging, warnings; from omniad_edge.line.log import start_log\n"
         "start_log(); start_log('WARNING')\n"
         "logging.getLogger('a').info('unseen')\n"
         "for n in range(9): logging.getLogger('a').error('lost http://u:p%d@h/', n)\n"

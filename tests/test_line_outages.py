@@ -12,11 +12,11 @@ from test_mqtt import Broker, Subscriber, needs_broker
 from test_webhook import Server
 from watched_line import NOISE_MS, LargerCamera, WatchedLine, p99_ms
 
-from omniad_edge import outputs
-from omniad_edge.mqtt import Mqtt
-from omniad_edge.rejects import Rejects
+from omniad_edge.outputs import delivery
+from omniad_edge.outputs.mqtt import Mqtt
+from omniad_edge.outputs.rejects import Rejects
+from omniad_edge.outputs.webhook import Webhook
 from omniad_edge.verdict import Verdict
-from omniad_edge.webhook import Webhook
 
 
 class Inspected(WatchedLine):
@@ -39,7 +39,7 @@ class Inspected(WatchedLine):
             pace.wait(0.005)
         return verdicts
 
-    def status(self, name: str) -> outputs.OutputStatus:
+    def status(self, name: str) -> delivery.OutputStatus:
         return next(status for status in self.line.snapshot().outputs if status.name == name)
 
     def ids(self) -> list[str]:
@@ -49,7 +49,7 @@ class Inspected(WatchedLine):
 @pytest.fixture
 def quick(monkeypatch):
     """Short pauses between tries."""
-    monkeypatch.setattr(outputs, "RETRY_S", (0.02, 0.2))
+    monkeypatch.setattr(delivery, "RETRY_S", (0.02, 0.2))
 
 
 @pytest.fixture

@@ -14,8 +14,8 @@ from records import PATIENCE_S, wait_until
 from test_line import Keeper, Running
 
 from omniad_edge.errors import InputError
-from omniad_edge.line import Line
-from omniad_edge.outputs import Output
+from omniad_edge.line.line import Line
+from omniad_edge.outputs.delivery import Output
 
 STOP_S = 1.0
 
@@ -177,7 +177,7 @@ def test_a_second_interrupt_ends_a_loop_that_does_not_return():
         import sys, time
         sys.path.insert(0, sys.argv[1])
         from line_parts import FakeCamera, FakeDetector
-        from omniad_edge.line import Line
+        from omniad_edge.line.line import Line
         camera = FakeCamera()
         camera.push()
         for verdict in Line(FakeDetector(), camera):

@@ -19,9 +19,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from records import Events, check, make_late, make_status, make_verdict, of_every_kind, started, wait_until
 
-from omniad_edge import mqtt, outputs
 from omniad_edge.errors import InputError, MissingDependencyError
-from omniad_edge.mqtt import Mqtt, MqttTrigger, parse_part_id, topic_levels, topic_of
+from omniad_edge.outputs import delivery, mqtt
+from omniad_edge.outputs.mqtt import Mqtt, MqttTrigger, parse_part_id, topic_levels, topic_of
 
 paho = pytest.importorskip("paho.mqtt.client", reason='needs paho-mqtt: pip install "omniad-edge[line]"')
 MOSQUITTO = shutil.which("mosquitto", path="/usr/sbin:/usr/local/sbin:/usr/bin:/usr/local/bin:/opt/homebrew/sbin")
@@ -120,8 +120,8 @@ class Subscriber:
 
 @pytest.fixture
 def quick(monkeypatch):
-    monkeypatch.setattr(outputs, "RETRY_S", (0.01, 0.05))
-    monkeypatch.setattr(outputs, "TICK_S", 0.01)
+    monkeypatch.setattr(delivery, "RETRY_S", (0.01, 0.05))
+    monkeypatch.setattr(delivery, "TICK_S", 0.01)
     monkeypatch.setattr(mqtt, "RETRY_S", (0.05, 0.1))
 
 
@@ -184,7 +184,7 @@ def test_a_line_that_dies_is_seen_to_be_offline(make_broker, listen, tmp_path):
     broker = make_broker()
     code = f"""
         import threading
-        from omniad_edge.mqtt import Mqtt
+        from omniad_edge.outputs.mqtt import Mqtt
         output = Mqtt("mqtt://{broker.address}/line3", {str(tmp_path / "s.db")!r})
         output.open()
         threading.Event().wait()
@@ -224,7 +224,7 @@ def test_nothing_is_lost_while_the_broker_is_away(make_broker, listen, tmp_path,
 
 @needs_broker
 def test_a_connection_without_records_is_kept_up(make_broker, listen, tmp_path, quick, monkeypatch):
-    monkeypatch.setattr("omniad_edge.spool.IDLE_S", 0.02)
+    monkeypatch.setattr("omniad_edge.outputs.spool.IDLE_S", 0.02)
     broker, events = make_broker(), Events()
     queue = started(Mqtt(f"mqtt://{broker.address}/line3", tmp_path / "s.db"), events)
     listen(broker).wait(lambda s: s.online("line3/online") == ["true"])

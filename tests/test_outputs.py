@@ -20,9 +20,9 @@ from records import (
     wait_until,
 )
 
-from omniad_edge import outputs
 from omniad_edge.errors import InputError, OutputError
-from omniad_edge.outputs import (
+from omniad_edge.outputs import delivery
+from omniad_edge.outputs.delivery import (
     Callback,
     Output,
     OutputQueue,
@@ -31,7 +31,7 @@ from omniad_edge.outputs import (
     image_bytes,
     without_images,
 )
-from omniad_edge.record_text import json_text
+from omniad_edge.outputs.record_text import json_text
 from omniad_edge.sizes import age_s, size_bytes
 
 
@@ -43,8 +43,8 @@ def events() -> Events:
 @pytest.fixture
 def quick(monkeypatch):
     """Retries and reports at once."""
-    monkeypatch.setattr(outputs, "RETRY_S", (0.001, 0.002))
-    monkeypatch.setattr(outputs, "TICK_S", 0.005)
+    monkeypatch.setattr(delivery, "RETRY_S", (0.001, 0.002))
+    monkeypatch.setattr(delivery, "TICK_S", 0.005)
 
 
 def drained(queue: OutputQueue) -> OutputStatus:
@@ -147,7 +147,7 @@ def test_a_full_queue_drops_the_oldest_and_counts(events, quick):
 
 def test_pictures_that_wait_are_bounded_in_bytes(events, monkeypatch):
     verdict = make_verdict()
-    monkeypatch.setattr(outputs, "IMAGE_BYTES", 3 * image_bytes(verdict))
+    monkeypatch.setattr(delivery, "IMAGE_BYTES", 3 * image_bytes(verdict))
     output = Scripted()
     output.gate.clear()
     queue = started(output, events)
@@ -248,7 +248,7 @@ def test_closing_drains_within_its_time_and_drops_the_rest(events, quick):
 
 
 def test_closing_interrupts_a_long_pause(events, monkeypatch):
-    monkeypatch.setattr(outputs, "RETRY_S", (3600.0, 3600.0))
+    monkeypatch.setattr(delivery, "RETRY_S", (3600.0, 3600.0))
     output = Scripted(["later"])
     queue = started(output, events)
     queue.put(make_status(1))
@@ -274,7 +274,7 @@ def test_closing_never_waits_for_a_write_that_hangs(events):
 
 
 def test_a_write_that_hangs_is_reported_and_its_end_too(events, quick, monkeypatch):
-    monkeypatch.setattr(outputs, "HANGING_S", 0.02)
+    monkeypatch.setattr(delivery, "HANGING_S", 0.02)
     output = Scripted()
     output.gate.clear()
     queue = started(output, events)
@@ -360,8 +360,8 @@ STEPS = st.lists(st.sampled_from(["put", "put", "put", "hang", "go", "look"]), m
 @given(DOINGS, STEPS, st.integers(1, 5), st.integers(1, 4), st.booleans())
 def test_every_record_is_somewhere_at_every_moment(doings, steps, capacity, batch, hangs_at_the_end):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(outputs, "RETRY_S", (0.0001, 0.0002))
-        patch.setattr(outputs, "GRACE_S", 0.01)
+        patch.setattr(delivery, "RETRY_S", (0.0001, 0.0002))
+        patch.setattr(delivery, "GRACE_S", 0.01)
         output = Scripted(doings, batch)
         queue = started(output, Events(), capacity)
         put = 0

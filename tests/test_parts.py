@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from records import make_result
 
 from omniad_edge.frame import Frame
-from omniad_edge.parts import MAX_OPEN_PARTS, OPEN_FRAMES, QUEUE_FRAMES, Parts
+from omniad_edge.line.parts import MAX_OPEN_PARTS, OPEN_FRAMES, QUEUE_FRAMES, Parts
 from omniad_edge.verdict import ACCEPT, NO_VERDICT, REJECT
 
 IMAGE = np.zeros((1, 1, 3), np.uint8)

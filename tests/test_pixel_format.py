@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from cameras import ARAVIS, PYTHON, skip_without
 
+from omniad_edge.cameras.pixel_format import BAYER, CODES, UNPACK, to_bgr
 from omniad_edge.errors import CameraError, InputError
-from omniad_edge.pixel_format import BAYER, CODES, UNPACK, to_bgr
 
 COLOURS = [(30, 100, 200), (220, 20, 90)]  # BGR of the left and the right half
 HEIGHT, WIDTH = 10, 16

@@ -22,9 +22,9 @@ from records import (
     started,
 )
 
-from omniad_edge import outputs, rejects
 from omniad_edge.errors import InputError, OutputError
-from omniad_edge.rejects import Rejects
+from omniad_edge.outputs import delivery, rejects
+from omniad_edge.outputs.rejects import Rejects
 
 NOW = datetime(2026, 3, 2, 10, 15, 2, 123000, timezone.utc)
 
@@ -217,7 +217,7 @@ def test_a_full_disk_makes_room_by_the_oldest(tmp_path):
 
 
 def test_a_disk_others_filled_is_an_error_until_there_is_space(tmp_path, monkeypatch):
-    monkeypatch.setattr(outputs, "RETRY_S", (0.001, 0.01))
+    monkeypatch.setattr(delivery, "RETRY_S", (0.001, 0.01))
     events = Events()
     with small_disk(tmp_path / "disk", size_kb=64) as disk:
         ballast = disk / "ballast"

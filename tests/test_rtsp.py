@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from cameras import RTSP, free_port, read_until_lost, rtsp_server, skip_without, wait_until
 
+from omniad_edge.cameras.sources import open_source
 from omniad_edge.errors import CameraError
-from omniad_edge.sources import open_source
 
 pytestmark = skip_without(RTSP)
 RED, BLUE = (0, 0, 255), (255, 0, 0)

@@ -6,12 +6,12 @@ import cv2
 import numpy as np
 import pytest
 
-from omniad_edge.array_source import ArraySource
+from omniad_edge.cameras.array_source import ArraySource
+from omniad_edge.cameras.folder_source import FolderSource, WatchedFolder
+from omniad_edge.cameras.sources import FORMS, csi_pipeline, open_source
+from omniad_edge.cameras.video_file import VideoFile
 from omniad_edge.errors import CameraError, InputError
-from omniad_edge.folder_source import FolderSource, WatchedFolder
 from omniad_edge.frame import EndOfSource
-from omniad_edge.sources import FORMS, csi_pipeline, open_source
-from omniad_edge.video_file import VideoFile
 
 
 def read_all(source):

@@ -14,16 +14,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from records import Events, check, make_status, make_verdict, of_every_kind, small_disk, started, wait_until
 
-from omniad_edge import outputs
 from omniad_edge.errors import OutputError
-from omniad_edge.outputs import OutputStatus
-from omniad_edge.spool import ROW_BYTES, Spool, SpoolCounts, Spooled
+from omniad_edge.outputs import delivery
+from omniad_edge.outputs.delivery import OutputStatus
+from omniad_edge.outputs.spool import ROW_BYTES, Spool, SpoolCounts, Spooled
 
 
 @pytest.fixture
 def quick(monkeypatch):
-    monkeypatch.setattr(outputs, "RETRY_S", (0.001, 0.002))
-    monkeypatch.setattr(outputs, "TICK_S", 0.005)
+    monkeypatch.setattr(delivery, "RETRY_S", (0.001, 0.002))
+    monkeypatch.setattr(delivery, "TICK_S", 0.005)
 
 
 @pytest.fixture
@@ -171,7 +171,7 @@ def test_several_threads(path):
 
 KILLED = """
     import sys
-    from omniad_edge.spool import Spool
+    from omniad_edge.outputs.spool import Spool
     spool = Spool(sys.argv[1], 10**9)
     spool.open()
     number = int(sys.argv[2])

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from omniad_edge import Detector
-from omniad_edge.array_source import ArraySource
+from omniad_edge.cameras.array_source import ArraySource
 from omniad_edge.errors import CameraError, InputError
 from omniad_edge.frame import Frame
 

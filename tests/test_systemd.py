@@ -15,7 +15,7 @@ import pytest
 from line_stand_in import SNAPSHOT, TOP, StandInLine
 
 from omniad_edge.errors import InputError
-from omniad_edge.systemd import Watchdog, notify, status, watchdog_s
+from omniad_edge.line.systemd import Watchdog, notify, status, watchdog_s
 
 WAIT_S = 10.0  # for what comes in milliseconds
 
@@ -162,7 +162,7 @@ def test_status_names_cameras_that_are_away():
 
 
 def unit():
-    return files("omniad_edge").joinpath("omniad@.service").read_text(encoding="utf-8")
+    return files("omniad_edge.line").joinpath("omniad@.service").read_text(encoding="utf-8")
 
 
 def test_unit_runs_what_the_package_installs():

@@ -13,10 +13,10 @@ from line_stand_in import SIDE, TOP, StandInLine, status, verdict
 from rich.cells import cell_len
 from rich.console import Console
 
-from omniad_edge import terminal_view
 from omniad_edge.errors import InputError
-from omniad_edge.snapshot import Counts
-from omniad_edge.terminal_view import LINE_EVERY_S, NEWEST, VERDICTS, TerminalView, percentiles
+from omniad_edge.line import terminal_view
+from omniad_edge.line.snapshot import Counts
+from omniad_edge.line.terminal_view import LINE_EVERY_S, NEWEST, VERDICTS, TerminalView, percentiles
 
 
 @pytest.fixture(autouse=True)

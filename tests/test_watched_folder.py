@@ -8,8 +8,8 @@ import cv2
 import numpy as np
 import pytest
 
+from omniad_edge.cameras.folder_source import WatchedFolder
 from omniad_edge.errors import CameraError, InputError
-from omniad_edge.folder_source import WatchedFolder
 
 SETTLE_S, BROKEN_S = 0.1, 0.6
 

@@ -12,10 +12,10 @@ import pytest
 from certificates import make_certificates
 from records import Events, check, make_status, make_verdict, of_every_kind, started, wait_until
 
-from omniad_edge import outputs
 from omniad_edge.errors import InputError
-from omniad_edge.outputs import OutputStatus
-from omniad_edge.webhook import Webhook
+from omniad_edge.outputs import delivery
+from omniad_edge.outputs.delivery import OutputStatus
+from omniad_edge.outputs.webhook import Webhook
 
 
 class Server(ThreadingHTTPServer):
@@ -88,8 +88,8 @@ def server():
 
 @pytest.fixture
 def quick(monkeypatch):
-    monkeypatch.setattr(outputs, "RETRY_S", (0.005, 0.01))
-    monkeypatch.setattr(outputs, "TICK_S", 0.01)
+    monkeypatch.setattr(delivery, "RETRY_S", (0.005, 0.01))
+    monkeypatch.setattr(delivery, "TICK_S", 0.01)
 
 
 def ids(*numbers: int) -> list[str]:

@@ -14,9 +14,9 @@ from records import PATIENCE_S, check
 from test_line import Keeper
 
 from omniad_edge.frame import Frame
-from omniad_edge.json_lines import JsonLines
-from omniad_edge.line import Line
-from omniad_edge.snapshot import Snapshot
+from omniad_edge.line.line import Line
+from omniad_edge.line.snapshot import Snapshot
+from omniad_edge.outputs.json_lines import JsonLines
 from omniad_edge.verdict import Status, Verdict
 
 NOISE_MS = 100.0  # a part that waits for a server, a disk or a slow output would wait for much longer

@@ -9,11 +9,11 @@ from http.server import BaseHTTPRequestHandler
 from socket import AF_INET, AF_INET6
 from socketserver import ThreadingTCPServer
 
-from .errors import InputError, OutputError
-from .line_metrics import LineMetrics
-from .outputs import Output
+from ..errors import InputError, OutputError
+from ..outputs.delivery import Output
+from ..verdict import Record, Status
+from .metrics import LineMetrics
 from .snapshot import Snapshot, Watched
-from .verdict import Record, Status
 
 QUIET_S = 10.0  # without a sign of life of the line, it hangs
 FAILING_S = 30.0  # an output, or what triggers, that fails for longer fails hard

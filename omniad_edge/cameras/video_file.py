@@ -5,8 +5,8 @@ from pathlib import Path
 
 import cv2
 
-from .errors import CameraError, InputError
-from .frame import EndOfSource, Frame
+from ..errors import CameraError, InputError
+from ..frame import EndOfSource, Frame
 
 
 class VideoFile:

@@ -6,8 +6,8 @@ from http.client import HTTPConnection, HTTPException, HTTPResponse, HTTPSConnec
 from pathlib import Path
 from urllib.parse import quote
 
-from .address import parse_address, trusted
-from .errors import InputError, OutputError
+from ..address import parse_address, trusted
+from ..errors import InputError, OutputError
 from .spool import Message, Spooled
 
 LATER = (408, 425, 429)  # of the 4xx those that say: the same again, but not now

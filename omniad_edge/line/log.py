@@ -16,9 +16,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timezone
 
-from .credentials import without_credentials
-from .outputs import Output
-from .verdict import Record, Status
+from ..credentials import without_credentials
+from ..outputs.delivery import Output
+from ..verdict import Record, Status
 
 BURST, REPEAT_S = 5, 10.0
 MAX_MESSAGES = 1000  # told apart at a time, in memory
@@ -26,7 +26,7 @@ GOOD_NEWS = ("started", "stopped", "connecting", "runs", "ended", "back", "well"
 BAD_NEWS = ("failed", "error")
 
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # words may come from a device: they move no cursor
-status_logger = logging.getLogger("omniad_edge.line")
+status_logger = logging.getLogger("omniad_edge.line.line")
 
 
 def start_log(level: int | str = logging.INFO) -> "LineHandler":

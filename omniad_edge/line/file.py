@@ -22,22 +22,22 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote, unquote
 
-from .address import parse_address
-from .bundle import read_bundle
-from .camera_process import CameraProcess
-from .credentials import without_credentials
-from .detector import Detector
-from .errors import BundleError, InputError, OmniADError
-from .frame import Source
+from ..address import parse_address
+from ..bundle import read_bundle
+from ..cameras.camera_process import CameraProcess
+from ..cameras.sources import FORMS, SCHEME, open_source
+from ..credentials import without_credentials
+from ..detector import Detector
+from ..errors import BundleError, InputError, OmniADError
+from ..frame import Source
+from ..outputs.delivery import Output
+from ..outputs.json_lines import JsonLines
+from ..outputs.mqtt import PORTS, Mqtt, MqttTrigger, load_paho
+from ..outputs.rejects import Rejects
+from ..outputs.webhook import Webhook
 from .health import Health
-from .json_lines import JsonLines
+from .keys import TABLES, in_words, move_to, unknown
 from .line import Line
-from .line_keys import TABLES, in_words, move_to, unknown
-from .mqtt import PORTS, Mqtt, MqttTrigger, load_paho
-from .outputs import Output
-from .rejects import Rejects
-from .sources import FORMS, SCHEME, open_source
-from .webhook import Webhook
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -18,8 +18,8 @@ from typing import Protocol
 
 import numpy as np
 
-from .errors import InputError, OutputError
-from .verdict import Late, Record, Verdict
+from ..errors import InputError, OutputError
+from ..verdict import Late, Record, Verdict
 
 RETRY_S = (0.1, 5.0)  # the first pause after a failure, doubled up to the longest
 QUIET_S = 10.0  # between two reports of the same kind

@@ -13,11 +13,11 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from .credentials import without_credentials
-from .errors import InputError
-from .outputs import Output, OutputStatus
+from ..credentials import without_credentials
+from ..errors import InputError
+from ..outputs.delivery import Output, OutputStatus
+from ..verdict import NO_VERDICT, REJECT, Record, Status, Verdict, now
 from .snapshot import CameraState, Snapshot, Watched
-from .verdict import NO_VERDICT, REJECT, Record, Status, Verdict, now
 
 VERDICTS = 1000  # the newest, for the percentiles
 NEWEST, TALL = 6, 32  # rejects, and events, to be seen on so many rows or more; half on fewer

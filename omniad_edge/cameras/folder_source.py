@@ -7,9 +7,9 @@ from pathlib import Path
 from threading import Event
 from typing import NamedTuple
 
-from .errors import CameraError, InputError
-from .frame import EndOfSource, Frame
-from .image import list_images, natural_order, read_image, walk_images
+from ..errors import CameraError, InputError
+from ..frame import EndOfSource, Frame
+from ..image import list_images, natural_order, read_image, walk_images
 
 
 class FolderSource:

@@ -3,7 +3,7 @@
 import json
 import math
 
-from .verdict import Record
+from ..verdict import Record
 
 
 def json_text(record: Record) -> str:

@@ -1,6 +1,6 @@
 """A line as a service of systemd: says when it is ready, and shows signs of life only while the line has them.
 
-The unit is `omniad@.service` in this package.
+The unit is `omniad@.service` beside this file.
 """
 
 import logging
@@ -10,7 +10,7 @@ import threading
 import time
 from collections.abc import Mapping
 
-from .errors import InputError
+from ..errors import InputError
 from .snapshot import Snapshot, Watched
 
 READY_EVERY_S = 0.1  # how often to look whether the line has started

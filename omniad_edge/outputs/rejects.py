@@ -12,12 +12,12 @@ from time import time
 import cv2
 import numpy as np
 
-from .errors import InputError, OutputError
-from .files import atomic_write
-from .outputs import Output
+from ..errors import InputError, OutputError
+from ..files import atomic_write
+from ..sizes import age_s, size_bytes
+from ..verdict import ACCEPT, Record, Verdict
+from .delivery import Output
 from .record_text import json_text
-from .sizes import age_s, size_bytes
-from .verdict import ACCEPT, Record, Verdict
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 DAY = re.compile(r"\d{4}-\d\d-\d\d")

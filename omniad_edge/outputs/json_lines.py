@@ -4,10 +4,10 @@ import errno
 import os
 from pathlib import Path
 
-from .errors import OutputError
-from .outputs import Output
+from ..errors import OutputError
+from ..verdict import Record
+from .delivery import Output
 from .record_text import json_text
-from .verdict import Record
 
 
 class JsonLines(Output):

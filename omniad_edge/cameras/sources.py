@@ -8,13 +8,13 @@ from urllib.parse import SplitResult, parse_qsl, unquote, urlsplit, urlunsplit
 
 import numpy as np
 
+from ..credentials import without_credentials
+from ..errors import InputError
+from ..frame import Source
+from ..image import is_image
 from .array_source import ArraySource
 from .camera_process import CameraProcess
-from .credentials import without_credentials
-from .errors import InputError
 from .folder_source import FolderSource, WatchedFolder
-from .frame import Source
-from .image import is_image
 from .video_file import VideoFile
 
 FORMS = """\

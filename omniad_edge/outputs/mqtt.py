@@ -11,8 +11,8 @@ from pathlib import Path
 from string import Formatter
 from typing import Any
 
-from .address import Address, parse_address, trusted
-from .errors import InputError, MissingDependencyError, OutputError
+from ..address import Address, parse_address, trusted
+from ..errors import InputError, MissingDependencyError, OutputError
 from .spool import Message, Spooled
 
 PORTS = {"mqtt": 1883, "mqtts": 8883}

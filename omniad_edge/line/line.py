@@ -14,17 +14,17 @@ from time import monotonic
 from typing import Any
 from uuid import uuid4
 
+from ..cameras.sources import open_source
+from ..credentials import without_credentials
+from ..errors import InputError, OutputError
+from ..frame import Frame
+from ..outputs.delivery import Callback, OutputQueue
+from ..verdict import NO_VERDICT, REJECT, Origin, Record, Status, Verdict
 from .capture import Camera, Capture
 from .clock import keep_deadlines, stopped_by_signals, trigger_periodically
-from .credentials import without_credentials
-from .errors import InputError, OutputError
-from .frame import Frame
-from .outputs import Callback, OutputQueue
 from .parts import QUEUE_FRAMES, Part, Parts
 from .side_by_side import side_by_side
 from .snapshot import CameraState, Counts, Snapshot
-from .sources import open_source
-from .verdict import NO_VERDICT, REJECT, Origin, Record, Status, Verdict
 from .workers import Workers
 
 LOOK_S = 0.05  # a signal's handler only sets stop_asked; this often it is looked at

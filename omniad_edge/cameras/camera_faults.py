@@ -6,7 +6,7 @@ from collections import deque
 import cv2
 import numpy as np
 
-from .frame import Frame
+from ..frame import Frame
 
 BLACK = "black frame"
 OVER_EXPOSED = "over-exposed frame"

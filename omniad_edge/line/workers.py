@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from .credentials import without_credentials
-from .result import Result
-from .verdict import Late
+from ..credentials import without_credentials
+from ..result import Result
+from ..verdict import Late
 
 if TYPE_CHECKING:
     from .line import Line

@@ -4,12 +4,12 @@ import difflib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-from .address import trusted
-from .engine import BACKENDS, PRECISIONS
-from .errors import InputError
+from ..address import trusted
+from ..engine import BACKENDS, PRECISIONS
+from ..errors import InputError
+from ..outputs.mqtt import topic_levels
+from ..sizes import age_s, size_bytes
 from .line import check_choice
-from .mqtt import topic_levels
-from .sizes import age_s, size_bytes
 
 
 class Kind(NamedTuple):

@@ -5,9 +5,9 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
-from .errors import CameraError
-from .frame import EndOfSource, Frame
-from .image import check_frame
+from ..errors import CameraError
+from ..frame import EndOfSource, Frame
+from ..image import check_frame
 
 
 class ArraySource:

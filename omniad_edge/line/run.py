@@ -3,12 +3,12 @@
 import sys
 from pathlib import Path
 
-from .credentials import without_credentials
-from .errors import OmniADError
+from ..credentials import without_credentials
+from ..errors import OmniADError
+from .file import read_line_file
 from .health import Health
 from .line import Line
-from .line_file import read_line_file
-from .line_log import StatusLog, start_log
+from .log import StatusLog, start_log
 from .snapshot import Snapshot
 from .systemd import Watchdog
 from .terminal_view import TerminalView

@@ -3,10 +3,10 @@
 from time import monotonic
 from typing import TYPE_CHECKING
 
-from .camera_faults import FaultDetector
-from .credentials import without_credentials
-from .errors import CameraError, InputError
-from .frame import EndOfSource, Frame, Source
+from ..cameras.camera_faults import FaultDetector
+from ..credentials import without_credentials
+from ..errors import CameraError, InputError
+from ..frame import EndOfSource, Frame, Source
 from .parts import Part
 
 if TYPE_CHECKING:

@@ -6,10 +6,10 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from .errors import MissingDependencyError
-from .result import Result
+from ..errors import MissingDependencyError
+from ..result import Result
+from ..verdict import Late, Record, Status, Verdict
 from .snapshot import Snapshot, Watched
-from .verdict import Late, Record, Status, Verdict
 
 SCORES = 1000  # the newest of a product, for the quantiles
 QUANTILES = (0.5, 0.9, 0.99)

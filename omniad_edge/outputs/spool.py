@@ -14,11 +14,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from time import monotonic, strftime
 
-from .errors import OutputError
-from .outputs import Health, Output, OutputStatus, Tally, backoff, in_words
+from ..errors import OutputError
+from ..sizes import size_bytes
+from ..verdict import Record
+from .delivery import Health, Output, OutputStatus, Tally, backoff, in_words
 from .record_text import json_text
-from .sizes import size_bytes
-from .verdict import Record
 
 ROW_BYTES = 32  # what a record takes on disk besides its text, about
 FREE_PAGES = 256  # of 4096 bytes, given back to the file system when so many are free

@@ -9,7 +9,7 @@ from collections.abc import Callable
 import cv2
 import numpy as np
 
-from .errors import CameraError, InputError
+from ..errors import CameraError, InputError
 
 Unpack = Callable[[np.ndarray, int], np.ndarray]  # bytes, number of pixels -> (pixels,) uint8
 

@@ -17,11 +17,11 @@ from typing import NamedTuple
 
 import numpy as np
 
+from ..credentials import without_credentials
+from ..errors import CameraError, InputError, MissingDependencyError, OmniADError
+from ..frame import Frame
 from . import aravis_child, gstreamer_child
 from .camera_child import FAILED, HEADER, MARK, OPENED
-from .credentials import without_credentials
-from .errors import CameraError, InputError, MissingDependencyError, OmniADError
-from .frame import Frame
 from .pixel_format import to_bgr
 
 PIPE_BYTES = 1 << 18

@@ -8,10 +8,10 @@ from collections import Counter, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from .frame import Frame
-from .result import Result
+from ..frame import Frame
+from ..result import Result
+from ..verdict import ACCEPT, NO_VERDICT, REJECT, Origin, Verdict, combine
 from .snapshot import Counts
-from .verdict import ACCEPT, NO_VERDICT, REJECT, Origin, Verdict, combine
 
 MAX_OPEN_PARTS = 1000  # with triggers that nobody answers; each further one is decided at once
 QUEUE_FRAMES = 8  # of one camera, taken but not inspected; then, with `every`, it is held back

@@ -3,7 +3,7 @@
 from dataclasses import astuple, dataclass
 from typing import Protocol
 
-from .outputs import OutputStatus
+from ..outputs.delivery import OutputStatus
 
 
 @dataclass(frozen=True)
