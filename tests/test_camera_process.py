@@ -136,6 +136,19 @@ def test_the_end_of_a_pipeline_comes_after_its_frames(opened):
 
 
 @needs_gstreamer
+def test_a_pipeline_that_ends_before_it_is_seen_to_be_open_gives_its_frames(opened, monkeypatch):
+    wait = camera_process._Child.wait_until_open
+
+    def look_late(child, timeout_s):
+        with child.changed:
+            assert child.changed.wait_for(lambda: child.failure, timeout_s)
+        wait(child, timeout_s)
+
+    monkeypatch.setattr(camera_process._Child, "wait_until_open", look_late)
+    test_the_end_of_a_pipeline_comes_after_its_frames(opened)
+
+
+@needs_gstreamer
 @pytest.mark.parametrize(
     ("pipeline", "error", "reason"),
     [

@@ -194,7 +194,7 @@ class _Child:
     def wait_until_open(self, timeout_s: float) -> None:
         with self.changed:
             self.changed.wait_for(lambda: self.is_open or self.failure or self.stopped, timeout_s)
-            if self.failure:
+            if self.failure and not self.is_open:  # a later one comes behind the frames before it
                 raise self.failure
             if self.stopped:
                 raise CameraError(f"{self.name}: was closed while it was being opened")
