@@ -12,7 +12,7 @@ from ..calibration import Calibration
 from ..data import Images, Sample, find_samples, load_images
 from ..engine import OnnxRuntimeEngine, OpenVinoEngine, cpu_has_bf16
 from ..errors import ExportError, MissingDependencyError
-from ..evaluate import Predictions, calibrate_products, held_out_samples, predict_images
+from ..evaluate import Predictions, first_calibrations, held_out_samples, predict_images
 from ..kernels.fold import fold
 from ..model import OmniAD
 from ..versions import versions
@@ -72,7 +72,7 @@ def export_bundle(
     engines, reference, predictions = pass_gate(model, images, parts, report)
     if targets:
         parts |= fused_parts(network, targets, reference, progress)
-    calibrations = calibrate_products(good_only(first(predictions, len(good))))
+    calibrations = first_calibrations(good_only(first(predictions, len(good))), data, facts["holdout"])
     manifest = {
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "versions": versions(),

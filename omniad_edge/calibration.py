@@ -25,7 +25,7 @@ from numpy.typing import ArrayLike
 
 from omniad_edge.errors import CalibrationError, InputError
 
-SOURCES = ("calibrated", "manual")
+SOURCES = ("calibrated", "training", "manual")
 MIN_RATE = 1e-9  # below it the number of images is no longer a number anyone can act on
 MAD_TO_SIGMA = 1.4826  # of a normal distribution
 
@@ -40,12 +40,14 @@ class Calibration:
     threshold: float  # defective iff score > threshold
     n_good: int  # good images it was calibrated on
     max_false_reject: float | None  # the wish, a fraction; None: no wish, the largest good score was taken
-    false_reject_bound: float | None  # the guarantee, a fraction; None for a manual threshold
+    false_reject_bound: float | None  # the guarantee, a fraction; None unless calibrated
     confidence: float  # of the guarantee, a fraction
     score_median: float  # of the good images' scores
     score_spread: float  # 1.4826 x median absolute deviation of those scores; 0 if more than half are equal
     map_floor: float  # anomaly-map value drawn as colour 0
-    source: str = "calibrated"  # or "manual": set by hand, nothing is known about its false-reject rate
+    # or "training": from images that were trained on, which score too low; or "manual": set by hand. Nothing is known
+    # about the false-reject rate of both
+    source: str = "calibrated"
 
     def __post_init__(self) -> None:
         for name in ("threshold", "confidence", "score_median", "score_spread", "map_floor"):
@@ -65,10 +67,9 @@ class Calibration:
         wish, bound = self.max_false_reject, self.false_reject_bound
         if wish is not None:
             _check_rate(wish)
-        if (bound is None) != (self.source == "manual"):
+        if (bound is None) == (self.source == "calibrated"):
             raise InputError(
-                f"false_reject_bound: expected a number if calibrated and None if manual, "
-                f"got {bound}, {self.source}"
+                f"false_reject_bound: expected a number if calibrated, else None; got {bound}, {self.source}"
             )
         if bound is not None and not 0 <= bound <= (1 if wish is None else wish):
             raise InputError(

@@ -342,7 +342,8 @@ def print_parity(name: str, report: dict) -> None:
 def print_calibration(product: str, calibration) -> None:
     text = f"threshold   {product}: {calibration.threshold:.6g}"
     if calibration.false_reject_bound is None:
-        print(f"{text}, set by hand")
+        trained = "from images that were trained on and score too low; run omniad calibrate"
+        print(f"{text}, {'set by hand' if calibration.source == 'manual' else trained}")
         return
     print(
         f"{text}, at most {100 * calibration.false_reject_bound:.2g} % false rejects at "

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from .errors import EngineError, InputError, MissingDependencyError, OmniADError
+from .errors import EngineError, EngineLostError, InputError, MissingDependencyError, OmniADError
 
 # After these nothing in the CUDA context works any more.
 STICKY = (
@@ -72,7 +72,7 @@ class Driver:
     def call(self, function: str, *arguments: Any) -> Any:
         """What the function returns behind its status. Raises EngineError, at once if the GPU was lost before."""
         if self.lost:
-            raise EngineError(self.lost)
+            raise EngineLostError(self.lost)
         try:
             status, *values = getattr(self.api, function)(*arguments)
         except (RuntimeError, AttributeError) as exc:  # no libcuda, or one without this function
@@ -86,7 +86,7 @@ class Driver:
                     f"{function}: {name}: the GPU failed or a kernel went wrong, and the engine cannot go on; "
                     "start the process anew, and if it happens again look for Xid in the kernel log (dmesg)"
                 )
-                raise EngineError(self.lost)
+                raise EngineLostError(self.lost)
             meaning = MEANING.get(name, "the driver refused the call; update the driver, or report this error")
             raise EngineError(f"{function}: {name}: {meaning}")
         return values[0] if values else None

@@ -8,6 +8,7 @@ OmniADError                    catch this to catch them all
 ├── CalibrationError           the good images cannot support the wanted false-reject rate
 ├── ExportError                an export was refused, for example by the parity gate
 ├── EngineError                a backend is unavailable or failed
+│   └── EngineLostError        for good: this process has to be started anew
 ├── CameraError                a camera or stream cannot be opened, or was lost
 ├── OutputError                an output cannot take a record now
 ├── DownloadError              weights could not be downloaded or do not match their checksum
@@ -45,6 +46,10 @@ class ExportError(OmniADError):
 
 class EngineError(OmniADError):
     """A backend is unavailable or failed."""
+
+
+class EngineLostError(EngineError):
+    """An engine will not run again in this process: start it anew."""
 
 
 class CameraError(OmniADError):

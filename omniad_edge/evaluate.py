@@ -2,7 +2,7 @@
 
 import platform
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -101,6 +101,19 @@ def calibrate_products(
     return calibrations
 
 
+def first_calibrations(predictions: Predictions, data: Path, holdout: list[str]) -> dict[str, Calibration]:
+    """What a model starts with: thresholds from the predictions of `held_out_samples(data, holdout)`.
+
+    Where nothing was held out they come from images that were trained on, and say so.
+    """
+    unseen = {(data / path).resolve() for path in holdout}
+    covered = {sample.product for sample in predictions.images.samples if sample.path.resolve() in unseen}
+    return {
+        product: made if product in covered else replace(made, false_reject_bound=None, source="training")
+        for product, made in calibrate_products(predictions).items()
+    }
+
+
 @dataclass(frozen=True)
 class Model:
     """A trained run or a bundle, ready to predict. facts: what reports say of it."""
@@ -126,9 +139,9 @@ def open_model(path: Path, data: Path) -> Model:
 
     network, facts = load_run(path)
     config, trained_from = network.config, Path(facts["data"])
-    samples = held_out_samples(trained_from if trained_from.is_dir() else data, facts["holdout"])
-    images = load_images(samples, config.height, config.width)
-    calibrations = calibrate_products(predict_images(network.predict, images))
+    data = trained_from if trained_from.is_dir() else data
+    images = load_images(held_out_samples(data, facts["holdout"]), config.height, config.width)
+    calibrations = first_calibrations(predict_images(network.predict, images), data, facts["holdout"])
     facts = config.to_dict() | {"backbone_weights": facts["backbone"], "engine": "torch in fp32"}
     return Model(network.predict, config.height, config.width, calibrations, words(facts))
 

@@ -125,8 +125,9 @@ class Status:
 
     event: "line started", "line stopped", "close failed", "camera runs", "camera lost", "camera back",
            "camera ended", "camera fault", "camera well", "frame unreadable", "engine failed",
-           "verdict not fetched"; of outputs "output failed", "output back", "output error", "output dropped",
-           "output refused", "spool damaged"; of MQTT triggers "trigger lost", "trigger back", "trigger fault"
+           "engine back", "verdict not fetched"; of outputs "output failed", "output back", "output error",
+           "output dropped", "output refused", "spool damaged"; of MQTT triggers "trigger lost", "trigger back",
+           "trigger fault"
     who:   name of the source or output; detail: in words
     """
 

@@ -298,6 +298,7 @@ WRONG_FIELDS = [
     ("score_spread", math.inf),
     ("source", "guessed"),
     ("source", "manual"),  # with a bound
+    ("source", "training"),
     ("source", None),
     ("source", []),
     ("surplus", 1),

@@ -14,6 +14,7 @@ from omniad_edge.evaluate import (
     calibrate_products,
     evaluate,
     evaluate_model,
+    first_calibrations,
     held_out_samples,
     open_model,
     predict_images,
@@ -121,6 +122,21 @@ def test_a_product_without_held_out_images_gives_all_it_has(small_run):
     counts = Counter(sample.product for sample in held_out_samples(small_run.data, without_cap))
     assert counts == {"board": 1, "cap": 4, "gear": 1}
     assert len(held_out_samples(small_run.data, [])) == 12
+
+
+def test_thresholds_from_images_that_were_trained_on_promise_nothing(small_run):
+    _, facts = load_checkpoint(small_run.folder / "model.safetensors")
+    without_cap = [name for name in facts["holdout"] if not name.startswith("cap/")]
+    images = load_images(held_out_samples(small_run.data, without_cap), 64, 64)
+    n = len(images.pixels)
+    predictions = Predictions(images, np.zeros((n, 64, 64), np.float32), np.linspace(1, 2, n))
+    made = first_calibrations(predictions, small_run.data, without_cap)
+    assert {product: c.source for product, c in made.items()} == {
+        "board": "calibrated",
+        "cap": "training",
+        "gear": "calibrated",
+    }
+    assert made["cap"].false_reject_bound is None and made["gear"].false_reject_bound is not None
 
 
 def test_held_out_images_that_are_gone(small_run, tmp_path):

@@ -186,6 +186,8 @@ def test_an_output_that_stays_away_is_trouble_until_it_is_back(health, monkeypat
     assert healthz(health)["healthy"]
     health.write([status("trigger lost", "mqtt", "refused")])
     assert healthz(health)["reasons"] == ["trigger mqtt: failing for 0 s"]
+    health.write([status("trigger back", "mqtt", ""), status("engine failed", "", "no memory")])
+    assert healthz(health)["reasons"] == ["engine: failing for 0 s"]
 
 
 def test_a_line_brings_its_numbers():

@@ -9,7 +9,7 @@ import textwrap
 import threading
 import weakref
 from dataclasses import replace
-from time import monotonic
+from time import monotonic, sleep
 
 import cv2
 import numpy as np
@@ -17,10 +17,10 @@ import pytest
 from line_parts import FakeCamera, FakeDetector
 from records import PATIENCE_S, check, wait_until
 
-from omniad_edge.errors import InputError, OutputError
+from omniad_edge.errors import EngineLostError, InputError, OutputError
 from omniad_edge.frame import Frame
 from omniad_edge.line import clock
-from omniad_edge.line.line import Line
+from omniad_edge.line.line import WORKERS, Line
 from omniad_edge.line.parts import OPEN_FRAMES, QUEUE_FRAMES
 from omniad_edge.outputs.delivery import Output
 
@@ -291,6 +291,43 @@ def test_an_engine_error_costs_its_part_alone():
     assert verdicts[1].reason == "engine failed: division by zero"
 
 
+def test_a_series_of_engine_errors_is_told_once_and_so_is_its_end():
+    with Running() as r:
+        for value in (13, 13, 13, 50):
+            r.camera.push(value)
+        r.keeper.wait(4)
+    events = [record.event for record in r.keeper.of("status") if record.event.startswith("engine")]
+    assert events == ["engine failed", "engine back"]
+
+
+def test_an_engine_lost_for_good_stops_the_line_in_the_safe_state():
+    class Lost(FakeDetector):
+        def __call__(self, images, product=None):
+            if images[0].any():
+                raise EngineLostError("the GPU fell off the bus; start the process anew")
+            return super().__call__(images, product)
+
+    r = Running(detector=Lost())
+    r.__enter__()
+    r.camera.push(50)
+    r.join()
+    assert isinstance(r.error, EngineLostError)
+    assert [v.decision for v in r.keeper.of("verdict")] == ["reject"]
+
+
+def test_a_film_is_not_read_far_ahead_of_the_engine():
+    frames = [np.full((8, 8, 3), 50, np.uint8)] * 12
+    detector = FakeDetector()
+    detector.gate.clear()
+    with Running(frames, detector, deadline_ms=60_000) as r:
+        taken = WORKERS + 1  # and one that waits
+        wait_until(lambda: r.line.snapshot().counts.captured == taken)
+        sleep(0.1)
+        assert r.line.snapshot().counts.captured == taken
+        detector.gate.set()
+        assert {verdict.reason for verdict in r.keeper.wait(12)} == {""}
+
+
 def test_by_choice_an_engine_error_stops_the_line_in_the_safe_state():
     r = Running(on_error="stop", on_timeout="no_verdict")
     r.__enter__()
@@ -410,7 +447,7 @@ def test_signals_stop_the_line_with_every_part_decided(number):
         import sys
         sys.path.insert(0, sys.argv[1])
         from line_parts import FakeCamera, FakeDetector
-        from omniad_edge.line.line import Line
+        from omniad_edge.line.line import WORKERS, Line
         camera, detector = FakeCamera(), FakeDetector()
         line = Line(detector, camera)
         line.add(lambda verdict: print(verdict.part_id, verdict.decision, verdict.reason, flush=True))

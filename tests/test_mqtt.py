@@ -21,7 +21,7 @@ from records import Events, check, make_late, make_status, make_verdict, of_ever
 
 from omniad_edge.errors import InputError, MissingDependencyError
 from omniad_edge.outputs import delivery, mqtt
-from omniad_edge.outputs.mqtt import Mqtt, MqttTrigger, parse_part_id, topic_levels, topic_of
+from omniad_edge.outputs.mqtt import Mqtt, MqttTrigger, parse_part, topic_levels, topic_of
 
 paho = pytest.importorskip("paho.mqtt.client", reason='needs paho-mqtt: pip install "omniad-edge[line]"')
 MOSQUITTO = shutil.which("mosquitto", path="/usr/sbin:/usr/local/sbin:/usr/bin:/usr/local/bin:/opt/homebrew/sbin")
@@ -405,38 +405,44 @@ def test_without_paho_the_command_is_named(make, tmp_path, monkeypatch):
 # ---- triggers
 
 
-def test_part_ids():
-    for payload, part_id in [
-        (b"A7", "A7"),
-        (b" A7\n", "A7"),
-        (b"", None),
-        (b"  ", None),
-        (b'{"part_id": "A7", "recipe": 3}', "A7"),
-        (b'{"part_id": 7}', "7"),
-        (b'{"part_id": null}', None),
-        (b"[7]", "[7]"),
-        ("Teil-ä".encode(), "Teil-ä"),
+def test_what_a_message_says_of_a_part():
+    for payload, part in [
+        (b"A7", ("A7", None)),
+        (b" A7\n", ("A7", None)),
+        (b"", (None, None)),
+        (b"  ", (None, None)),
+        (b'{"part_id": "A7", "recipe": 3}', ("A7", None)),
+        (b'{"part_id": 7, "product": "cap"}', ("7", "cap")),
+        (b'{"part_id": null}', (None, None)),
+        (b'{"product": "cap"}', (None, "cap")),
+        (b"[7]", ("[7]", None)),
+        ("Teil-ä".encode(), ("Teil-ä", None)),
     ]:
-        assert parse_part_id(payload) == part_id
-    for payload in (b'{"part"', b'{"id": "A7"}', b'{"part_id": ["A7"]}', b"\xff\xfe", b'{"part_id": 1.5}'):
-        with pytest.raises(ValueError, match=r'expected a part id as text or \{"part_id": "A7"\}, got b'):
-            parse_part_id(payload)
+        assert parse_part(payload) == part
+    unreadable = (b'{"part"', b'{"id": "A7"}', b'{"part_id": ["A7"]}', b"\xff\xfe", b'{"part_id": 1.5}')
+    for payload in (*unreadable, b'{"part_id": "A7", "product": 3}'):
+        with pytest.raises(ValueError, match=r"expected a part id as text or \{.*\}, got b"):
+            parse_part(payload)
 
 
 class Parts:
-    """A `trigger` that keeps the part ids it was called with, but for "probe"."""
+    """A `trigger` that keeps the part ids it was called with, but for "probe"; it knows the product "cap"."""
 
     def __init__(self) -> None:
         self.seen: list[str | None] = []
+        self.products: list[str | None] = []
         self.changed = threading.Condition()
         self.probed = False
 
-    def __call__(self, part_id: str | None) -> None:
+    def __call__(self, part_id: str | None, product: str | None) -> None:
+        if product not in (None, "cap"):
+            raise InputError(f"product: expected one of cap; got {product!r}")
         with self.changed:
             if part_id == "probe":
                 self.probed = True
                 return
             self.seen.append(part_id)
+            self.products.append(product)
             self.changed.notify_all()
         if part_id == "bad":
             raise InputError("this line is stopped")
@@ -494,6 +500,18 @@ def test_each_message_is_a_part(make_broker, trigger_on):
     publish(broker, b"A4")
     trigger.stop()
     assert parts.seen[-1] == "A3"
+
+
+@needs_broker
+def test_a_message_names_the_product(make_broker, trigger_on):
+    broker, parts, events = make_broker(), Parts(), Events()
+    trigger_on(broker, parts, events)
+    wait_for_subscription(broker, parts)
+    publish(broker, b'{"part_id": "A1", "product": "cap"}', b'{"part_id": "A2", "product": "nut"}', b"A3")
+    parts.wait("A1", "A2", "A3")
+    assert parts.products == ["cap", None, None]  # the part of an unknown one is judged all the same
+    ((event, _, detail),) = events.seen
+    assert event == "trigger fault" and "expected one of cap; got 'nut'" in detail
 
 
 @needs_broker

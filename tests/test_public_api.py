@@ -47,6 +47,7 @@ def test_every_error_has_the_one_base():
         "DataError",
         "DownloadError",
         "EngineError",
+        "EngineLostError",
         "ExportError",
         "InputError",
         "MissingDependencyError",

@@ -113,8 +113,10 @@ class Capture:
     def held_back(self) -> bool:
         """Whether the next frame has to wait; the line's lock is held."""
         parts, unfetched = self.line.parts, self.line.fetched or ()
-        behind = parts.each_frame and parts.policy == "every" and len(unfetched) >= UNFETCHED_FRAMES
-        return behind or parts.full(self.source.name)
+        every = parts.each_frame and parts.policy == "every"
+        # Files and films come as fast as they are asked for; read far ahead they would only grow old.
+        ahead = not self.source.live and parts.queued(self.source.name) >= self.line.engine_batch
+        return (every and (ahead or len(unfetched) >= UNFETCHED_FRAMES)) or parts.full(self.source.name)
 
     def spoil(self, detail: str) -> None:
         """A file cannot be read: its part gets a verdict all the same."""

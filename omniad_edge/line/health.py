@@ -16,7 +16,7 @@ from .metrics import LineMetrics
 from .snapshot import Snapshot, Watched
 
 QUIET_S = 10.0  # without a sign of life of the line, it hangs
-FAILING_S = 30.0  # an output, or what triggers, that fails for longer fails hard
+FAILING_S = 30.0  # an output, the engine, or what triggers, that fails for longer fails hard
 REQUEST_S = 5.0  # for a client to say what it wants
 
 log = logging.getLogger(__name__)
@@ -27,9 +27,9 @@ class Health(Output):
 
     host: only this machine can ask unless told otherwise; "0.0.0.0" lets the whole network, without a password
     port: 0 takes a free one, which `port` says after `open`
-    /healthz answers 200 if the line runs and progresses, every camera runs with sound frames and no output
-    or trigger has failed for more than 30 s; else 503. Both with JSON: "healthy", "reasons" in words, and the
-    line's name, state and uptime.
+    /healthz answers 200 if the line runs and progresses, every camera runs with sound frames and no output,
+    engine or trigger has failed for more than 30 s; else 503. Both with JSON: "healthy", "reasons" in words, and
+    the line's name, state and uptime.
     Raises InputError for a port out of range, MissingDependencyError without prometheus-client; `open` raises
     OutputError if the port is taken or the address is not this machine's.
     """
@@ -43,7 +43,7 @@ class Health(Output):
         self.host, self.port = host, port
         self._metrics = LineMetrics()
         self._line: Watched | None = None
-        self._failing: dict[str, float] = {}  # outputs and triggers, and since when
+        self._failing: dict[str, float] = {}  # outputs, triggers and the engine, and since when
         self._server: Server | None = None
 
     def attach(self, line: Watched) -> None:
@@ -71,12 +71,12 @@ class Health(Output):
 
     def _follow(self, status: Status) -> None:
         what, _, how = status.event.partition(" ")
-        if what not in ("output", "trigger"):
+        if what not in ("output", "trigger", "engine"):
             return
         if how in ("failed", "lost"):
-            self._failing.setdefault(f"{what} {status.who}", time.monotonic())
+            self._failing.setdefault(f"{what} {status.who}".rstrip(), time.monotonic())
         elif how == "back":
-            self._failing.pop(f"{what} {status.who}", None)
+            self._failing.pop(f"{what} {status.who}".rstrip(), None)
 
     def close(self) -> None:
         if self._server is not None:
@@ -99,8 +99,10 @@ class Health(Output):
 
 
 def troubles(snapshot: Snapshot, failing: dict[str, float], now_s: float) -> Iterator[str]:
-    """In words, what keeps the line from inspecting. failing: since when each output or trigger that fails does;
-    times are of time.monotonic()."""
+    """In words, what keeps the line from inspecting.
+
+    failing: outputs, triggers and the engine, as far as they fail, and since when; times are of time.monotonic()
+    """
     if snapshot.state != "running":
         yield f"the line is {snapshot.state}"
     if (quiet_s := now_s - snapshot.last_progress_s) > QUIET_S and snapshot.state != "stopped":

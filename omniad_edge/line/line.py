@@ -54,7 +54,7 @@ class Line:
     views:    frames of every source for one triggered part; rule: "any" rejects a part if one of them is
               defective, "all" if every one is
     on_error: an exception of the engine, a callback or an output's code is reported and counted; "stop" also stops
-              the line, all open parts with the safe verdict
+              the line, all open parts with the safe verdict; so does an engine that is lost for good
     Raises InputError for what does not fit together.
     """
 
@@ -120,6 +120,7 @@ class Line:
         self.stopping, self.stop_asked, self.error = False, False, None
         self.threads: list[threading.Thread] = []
         self.beats: dict[str, float] = {}
+        self.engine_batch = 1
         self.next_due_s = inf  # the deadline that is being waited for
 
     @property
@@ -152,7 +153,7 @@ class Line:
     def run(self) -> Counts:
         """Inspect until the sources end, `stop` is called, or SIGINT or SIGTERM comes. -> the frames' fates.
 
-        Raises InputError for a source that can never work, and the error that stopped the line (on_error="stop").
+        Raises InputError for a source that can never work, and the error that stopped the line (see on_error).
         """
         self.check_new()
         with stopped_by_signals(self):
@@ -255,6 +256,7 @@ class Line:
         raised = side_by_side([workers.measure], inf, lambda: self.stop_asked)
         if raised:
             raise raised[0]
+        self.engine_batch = workers.batch
         for output in self.outputs:
             output.start()
         self.state, self.started_s = "running", monotonic()

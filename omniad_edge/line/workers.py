@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..credentials import without_credentials
+from ..errors import EngineLostError
+from ..outputs.delivery import FailureSeries
 from ..result import Result
 from ..verdict import Late
 
@@ -32,6 +34,7 @@ class Workers:
 
     def __init__(self, line: "Line", detector: Callable, deadline_ms: float | None) -> None:
         self.line, self.detector, self.deadline_ms = line, detector, deadline_ms
+        self.failures = FailureSeries("engine", lambda event, detail: line.tell(event, "", detail))
         self.batch, self.call_s = 1, 0.0
 
     def measure(self) -> None:
@@ -90,6 +93,7 @@ class Workers:
         """What the detector found on these frames; too late for a verdict, it is recorded."""
         line = self.line
         with line.lock:
+            self.failures.good()
             for view, result in zip(views, results, strict=True):
                 if not line.parts.finish(view, result):
                     part = view.part
@@ -104,7 +108,7 @@ class Workers:
         with line.lock:
             if view is not None:
                 line.parts.fail(view, without_credentials(f"engine failed: {error}"))
-            line.tell("engine failed", "", f"{type(error).__name__}: {error}")
+            self.failures.bad(f"{type(error).__name__}: {error}")
             line.deliver()
-        if line.on_error == "stop":
+        if line.on_error == "stop" or isinstance(error, EngineLostError):
             line.fail(error)

@@ -90,11 +90,11 @@ def backoff() -> Iterator[float]:
         pause_s = min(2 * pause_s, longest_s)
 
 
-class Health:
-    """Reports "output failed" at the first failure of a series, "output back" at its end; not every flicker."""
+class FailureSeries:
+    """Reports "WHAT failed" at the first failure of a series, "WHAT back" at its end; not every flicker."""
 
-    def __init__(self, report: Callable[[str, str], None]) -> None:
-        self._report = report
+    def __init__(self, what: str, report: Callable[[str, str], None]) -> None:
+        self._what, self._report = what, report
         self._lock = threading.Lock()
         self._failing = False
         self._quiet_until = -math.inf
@@ -104,13 +104,13 @@ class Health:
             if self._failing or monotonic() < self._quiet_until:
                 return
             self._failing, self._quiet_until = True, monotonic() + QUIET_S
-            self._report("output failed", detail)
+            self._report(f"{self._what} failed", detail)
 
     def good(self) -> None:
         with self._lock:
             if self._failing:
                 self._failing = False
-                self._report("output back", "")
+                self._report(f"{self._what} back", "")
 
 
 class Tally:
@@ -153,7 +153,7 @@ class OutputQueue:
         self._batch = getattr(output, "batch", Output.batch)
         self._images = getattr(output, "images", Output.images)
         self._events: SimpleQueue[tuple[str, str] | None] = SimpleQueue()
-        self._health = Health(self._report)
+        self._failures = FailureSeries("output", self._report)
         self._errors = Tally(self._report, "output error")
         self._drops = Tally(self._report, "output dropped")
         if hasattr(output, "report"):
@@ -239,7 +239,7 @@ class OutputQueue:
         try:
             self.output.close()
         except Exception as exc:
-            self._health.bad(in_words(exc))
+            self._failures.bad(in_words(exc))
 
     def _open(self) -> bool:
         """False if closed before it could be opened."""
@@ -247,12 +247,12 @@ class OutputQueue:
             try:
                 self._call(self.output.open)
             except (Exception, SystemExit) as exc:
-                self._health.bad(in_words(exc))
+                self._failures.bad(in_words(exc))
                 if not self._pause(pause_s):
                     return False
             else:
                 break
-        self._health.good()
+        self._failures.good()
         return True
 
     def _take(self) -> list[Record]:
@@ -269,7 +269,7 @@ class OutputQueue:
             try:
                 self._call(self.output.write, list(batch))
             except (OutputError, OSError) as exc:
-                self._health.bad(in_words(exc))
+                self._failures.bad(in_words(exc))
                 if not self._pause(pause_s):
                     return
             except (Exception, SystemExit) as exc:
@@ -278,7 +278,7 @@ class OutputQueue:
                 return
             else:
                 self._settle(written=len(batch))
-                self._health.good()
+                self._failures.good()
                 return
 
     def _settle(self, written: int = 0, failed: int = 0) -> None:
@@ -318,7 +318,7 @@ class OutputQueue:
                 event = None
             busy_since = self._busy_since
             if busy_since is not None and monotonic() - busy_since > HANGING_S:
-                self._health.bad(f"no return from a call for {HANGING_S:g} s; is its disk or server there?")
+                self._failures.bad(f"no return from a call for {HANGING_S:g} s; is its disk or server there?")
             with self._changed:
                 dropped = self._dropped
             self._drops.update(dropped, "the output did not take them in time", last=closed)

@@ -239,9 +239,10 @@ class MqttTrigger:
     on_event: on_event(event, who, detail): "trigger lost", "trigger back", "trigger fault"; by default they become
         status records of the line
 
-    A message is the part's id as text, or JSON as {"part_id": "A7"}; an empty one, and one that is neither (a
-    "trigger fault"), is a part without an id: it lies before the camera all the same. Retained messages and those
-    of the time without a connection are not delivered: their parts are gone.
+    A message is the part's id as text, or JSON as {"part_id": "A7", "product": "gear"}, one of them at least; an
+    empty one, and one that is neither (a "trigger fault"), is a part without an id: it lies before the camera all
+    the same. So does one of a product that the line does not know (a "trigger fault"): it is judged as if none was
+    named. Retained messages and those of the time without a connection are not delivered: their parts are gone.
     """
 
     def __init__(
@@ -262,11 +263,11 @@ class MqttTrigger:
         self._tls = trusted(ca_file) if self._address.scheme == "mqtts" else None
         self.on_event = on_event
         self._client: Any = None
-        self._trigger: Callable[[str | None], Any] | None = None
+        self._trigger: Callable[[str | None, str | None], Any] | None = None
         self._lost = False
 
-    def start(self, trigger: Callable[[str | None], Any]) -> None:
-        """Call trigger(part_id) at each message, from a thread of this object's own. Returns at once."""
+    def start(self, trigger: Callable[[str | None, str | None], Any]) -> None:
+        """Call trigger(part_id, product) at each message, from a thread of this object's own. Returns at once."""
         self._trigger = trigger
         self._client = client = make_client(self._address, self._tls)
         client.reconnect_delay_set(*RETRY_S)
@@ -317,26 +318,37 @@ class MqttTrigger:
         if trigger is None:
             return
         try:
-            part_id = parse_part_id(message.payload)
+            part_id, product = parse_part(message.payload)
         except ValueError as exc:
-            part_id = None
+            part_id = product = None
             self._tell("trigger fault", str(exc))
+        if product is not None and not self._announce(trigger, part_id, product):
+            product = None
+        if product is None:
+            self._announce(trigger, part_id, None)
+
+    def _announce(self, trigger: Callable[[str | None, str | None], Any], *part: str | None) -> bool:
         try:
-            trigger(part_id)
+            trigger(*part)
         except Exception as exc:
             self._tell("trigger fault", f"{type(exc).__name__}: {exc}")
+            return False
+        return True
 
 
-def parse_part_id(payload: bytes) -> str | None:
-    """Raises ValueError, in words, for what is neither text nor JSON with a part_id."""
-    expected = 'expected a part id as text or {"part_id": "A7"}'
+def parse_part(payload: bytes) -> tuple[str | None, str | None]:
+    """-> part id and product, each None where it is not said.
+
+    Raises ValueError, in words, for what is neither text nor JSON with one of these.
+    """
+    expected = 'expected a part id as text or {"part_id": "A7", "product": "gear"}'
     try:
         text = payload.decode("utf-8").strip()
-        if not text.startswith("{"):
-            return text or None
-        part_id = json.loads(text)["part_id"]
-    except (ValueError, KeyError):
+        part = json.loads(text) if text.startswith("{") else {"part_id": text}
+    except ValueError:
         raise ValueError(f"{expected}, got {payload[:80]!r}") from None
-    if part_id is not None and not isinstance(part_id, str | int):
+    part_id, product = part.get("part_id"), part.get("product")
+    known = "part_id" in part or "product" in part
+    if not known or not isinstance(part_id, str | int | None) or not isinstance(product, str | None):
         raise ValueError(f"{expected}, got {payload[:80]!r}")
-    return None if part_id is None or part_id == "" else str(part_id)
+    return (None if part_id in (None, "") else str(part_id)), product or None

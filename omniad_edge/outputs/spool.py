@@ -17,7 +17,7 @@ from time import monotonic, strftime
 from ..errors import OutputError
 from ..sizes import size_bytes
 from ..verdict import Record
-from .delivery import Health, Output, OutputStatus, Tally, backoff, in_words
+from .delivery import FailureSeries, Output, OutputStatus, Tally, backoff, in_words
 from .record_text import json_text
 
 ROW_BYTES = 32  # what a record takes on disk besides its text, about
@@ -238,7 +238,7 @@ class Spooled(Output):
     def __init__(self, name: str, spool: str | Path, keep: str) -> None:
         self.name = name
         self._spool = Spool(spool, size_bytes(keep), self._tell)
-        self._health = Health(self._tell)
+        self._failures = FailureSeries("output", self._tell)
         self._refusals, self._drops = Tally(self._tell, "output refused"), Tally(self._tell, "output dropped")
         self._refused = 0
         self._wake, self._stop = threading.Event(), threading.Event()
@@ -304,12 +304,12 @@ class Spooled(Output):
                 self.connect()
                 sent = self._send_oldest()
             except Exception as exc:
-                self._health.bad(in_words(exc))
+                self._failures.bad(in_words(exc))
                 if stopping:
                     break
                 self._stop.wait(next(pauses))
                 continue
-            self._health.good()
+            self._failures.good()
             pauses = backoff()
             if stopping:
                 if not sent:
