@@ -45,8 +45,8 @@ class Calibration:
     score_median: float  # of the good images' scores
     score_spread: float  # 1.4826 x median absolute deviation of those scores; 0 if more than half are equal
     map_floor: float  # anomaly-map value drawn as colour 0
-    # or "training": from images that were trained on, which score too low; or "manual": set by hand. Nothing is known
-    # about the false-reject rate of both
+    # or "training": from images that were trained on, which score too low; or "manual": set by hand. Of neither is
+    # anything known about its false-reject rate
     source: str = "calibrated"
 
     def __post_init__(self) -> None:

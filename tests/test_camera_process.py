@@ -149,6 +149,17 @@ def test_a_pipeline_that_ends_before_it_is_seen_to_be_open_gives_its_frames(open
 
 
 @needs_gstreamer
+def test_a_camera_whose_format_cannot_be_converted_is_lost(opened, monkeypatch):
+    def refuse(data, pixel_format, width, height):
+        raise InputError(f"pixel format: expected Mono8; got {pixel_format}")
+
+    source = opened(ENDLESS.format("", "ball", 64, 48))
+    monkeypatch.setattr(camera_process, "to_bgr", refuse)
+    with pytest.raises(CameraError, match="videotestsrc.*: pixel format: expected Mono8; got"):
+        source.read(5)
+
+
+@needs_gstreamer
 @pytest.mark.parametrize(
     ("pipeline", "error", "reason"),
     [

@@ -119,8 +119,8 @@ class CameraProcess:
         self._next = sequence + 1
         try:
             image = to_bgr(raw.data, raw.pixel_format, raw.width, raw.height)
-        except OmniADError as exc:
-            raise type(exc)(f"{self.name}: {exc}") from exc
+        except OmniADError as exc:  # of every frame: the camera is lost until it is set otherwise
+            raise CameraError(f"{self.name}: {exc}") from exc
         return Frame(
             image=image,
             sequence=sequence,
