@@ -155,7 +155,7 @@ def test_a_camera_whose_format_cannot_be_converted_is_lost(opened, monkeypatch):
 
     source = opened(ENDLESS.format("", "ball", 64, 48))
     monkeypatch.setattr(camera_process, "to_bgr", refuse)
-    with pytest.raises(CameraError, match="videotestsrc.*: pixel format: expected Mono8; got"):
+    with pytest.raises(CameraError, match=r"videotestsrc.*: pixel format: expected Mono8; got"):
         source.read(5)
 
 
