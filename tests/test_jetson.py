@@ -1,0 +1,96 @@
+"""What a Jetson's files say, from trees of such files; without a Jetson."""
+
+import pytest
+from jetson_tree import AGX_ORIN, ORIN_NANO, THOR, write_tree
+
+from omniad_edge.jetson import Jetson
+
+
+def jetson(root, files) -> Jetson:
+    return Jetson(write_tree(root, files))
+
+
+def test_orin_nano(tmp_path):
+    nano = jetson(tmp_path, ORIN_NANO)
+    assert nano
+    assert nano.facts() == {
+        "model": "NVIDIA Jetson Orin Nano Engineering Reference Developer Kit Super",
+        "l4t": "36.4.3",
+        "jetpack": "6.2",
+        "power_mode": "MAXN_SUPER",
+        "clocks_fixed": False,
+    }
+    state = nano.state()
+    assert state["clocks_mhz"] == {"gpu": 306, "cpu": 1113.6}  # the memory's is for root
+    assert state["temperatures_c"] == {"cpu": 48.406, "gpu": 47.25, "tj": 48.406}
+    assert state["rails_mw"] == pytest.approx({"VDD_IN": 4942.464, "VDD_CPU_GPU_CV": 606.72, "VDD_SOC": 1496.576})
+    assert state["module_mw"] == pytest.approx(4942.464)  # the rail of the whole, not the sum
+
+
+def test_agx_orin_counts_no_rail_twice(tmp_path):
+    state = jetson(tmp_path, AGX_ORIN).state()
+    assert state["clocks_mhz"] == {"emc": 3199}
+    assert set(state["rails_mw"]) == {"VDD_GPU_SOC", "VDD_CPU_CV", "VIN_SYS_5V0", "VDDQ_VDD2_1V8AO"}
+    assert state["module_mw"] == pytest.approx(3155.2 + 788.8 + 4734.504)
+
+
+def test_thor(tmp_path):
+    thor = jetson(tmp_path, THOR)
+    facts, state = thor.facts(), thor.state()
+    assert (facts["l4t"], facts["jetpack"], facts["power_mode"]) == ("38.2.2", "7", "MAXN")
+    assert facts["clocks_fixed"] is True
+    assert state["clocks_mhz"] == {"gpu": 1575, "cpu": 2601, "emc": 4266}
+    assert state["rails_mw"]["VIN"] == 23100
+    assert state["module_mw"] == 2400 + 6480 + 6520
+
+
+def test_clocks_are_fixed_only_if_all_are(tmp_path):
+    fixed = {name: text.replace("306000000", "1020000000") for name, text in ORIN_NANO.items()}
+    nano = jetson(tmp_path, fixed)
+    assert nano.clocks_fixed is False  # the CPU's are not
+    for core in (0, 4):
+        (tmp_path / f"sys/devices/system/cpu/cpufreq/policy{core}/scaling_min_freq").write_text("1728000\n")
+    assert nano.clocks_fixed is True
+    (tmp_path / "sys/devices/system/cpu/cpufreq/policy4/scaling_min_freq").unlink()
+    assert nano.clocks_fixed is None
+
+
+def test_the_release_from_the_package_where_the_file_is_not_there(tmp_path):
+    nano = jetson(tmp_path, {name: text for name, text in ORIN_NANO.items() if name != "etc/nv_tegra_release"})
+    assert nano.l4t == "36.4.3"
+
+
+def test_a_removed_package_is_not_installed(tmp_path):
+    assert jetson(tmp_path, ORIN_NANO).package("python3-libnvinfer") is None
+
+
+@pytest.mark.parametrize(
+    "status", ["", "pmode:0007", "pmode:fmode"], ids=["empty", "not in the configuration", "not a number"]
+)
+def test_a_power_mode_that_is_not_known_is_none(tmp_path, status):
+    assert jetson(tmp_path, ORIN_NANO | {"var/lib/nvpmodel/status": status}).power_mode is None
+
+
+def test_power_whose_rails_are_not_known_is_no_total(tmp_path):
+    nano = jetson(tmp_path, ORIN_NANO | {"sys/class/hwmon/hwmon1/in1_label": "VDD_OTHER\n"})
+    assert nano.module_mw() is None
+    assert "VDD_OTHER" in nano.rails_mw()
+
+
+def test_another_computer_is_none(tmp_path):
+    other = jetson(tmp_path, {"proc/device-tree/compatible": "raspberrypi,5-model-b\0brcm,bcm2712\0"})
+    assert not other
+    assert set(other.facts().values()) == {None}
+    assert other.state() == {"clocks_mhz": {}, "temperatures_c": {}, "rails_mw": {}, "module_mw": None}
+
+
+def test_files_of_nonsense_say_nothing(tmp_path):
+    nonsense = jetson(tmp_path, dict.fromkeys(ORIN_NANO, "\x00?\n"))
+    assert not nonsense
+    assert nonsense.facts() | nonsense.state() == Jetson(tmp_path / "empty").facts() | {
+        "model": "\x00?",
+        "clocks_mhz": {},
+        "temperatures_c": {},
+        "rails_mw": {},
+        "module_mw": None,
+    }
