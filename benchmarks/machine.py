@@ -1,33 +1,23 @@
 """Facts about the machine and the software that a measurement is worth nothing without."""
 
 import os
-import platform
 import re
 import subprocess
 from datetime import datetime, timezone
 from pathlib import Path
 
+from omniad_edge.doctor import machine_facts, read
 from omniad_edge.versions import versions
 
 ROOT = Path(__file__).resolve().parents[1]
-CPU_FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "asimddp", "bf16")
 
 
 def facts() -> dict:
     """Date, commit, CPU, memory, system and versions; JSON-safe. What cannot be known is "unknown" or absent."""
-    cpu = read("/proc/cpuinfo")
-    model = re.search(r"^model name\s*: (.*)$", cpu, re.MULTILINE)
-    flags = re.search(r"^(?:flags|Features)\s*: (.*)$", cpu, re.MULTILINE)
-    memory = re.search(r"^MemTotal:\s*(\d+) kB$", read("/proc/meminfo"), re.MULTILINE)
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": commit(),
-        "cpu": (model[1] if model else platform.processor()) or "unknown",
-        "cpu_features": [name for name in CPU_FEATURES if flags and name in flags[1].split()],
-        "cores": os.cpu_count(),
-        "memory_mib": int(memory[1]) // 1024 if memory else None,
-        "system": platform.platform(),
-        "python": platform.python_version(),
+        **machine_facts(),
         "versions": {name: value for name, value in versions().items() if name != "python"},
     }
 
@@ -59,10 +49,3 @@ def memory_mib() -> dict[str, float | None]:
 
 
 MEMORY_KEYS = (("resident_mib", "VmRSS"), ("peak_mib", "VmHWM"))
-
-
-def read(path: str) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
