@@ -1,7 +1,12 @@
 """What a Jetson's files say, from trees of such files; without a Jetson."""
 
+import json
+from pathlib import Path
+from time import sleep
+
 import pytest
 from jetson_tree import AGX_ORIN, ORIN_NANO, THOR, write_tree
+from native_parts import arrays, fused_parts, tiny_plan, weights_file, write_tiny
 
 from omniad_edge.jetson import Jetson
 
@@ -94,3 +99,63 @@ def test_files_of_nonsense_say_nothing(tmp_path):
         "rails_mw": {},
         "module_mw": None,
     }
+
+
+# In the benchmarks
+
+
+@pytest.fixture
+def benchmark_modules(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[1] / "benchmarks"))
+
+
+def test_benchmarks_record_the_jetson(tmp_path, benchmark_modules, monkeypatch):
+    import machine
+
+    monkeypatch.setattr(machine, "JETSON", jetson(tmp_path, ORIN_NANO))
+    facts = machine.facts()
+    assert facts["jetson"]["power_mode"] == "MAXN_SUPER"
+    assert machine.jetson_state()["temperatures_c"]["tj"] == 48.406
+    json.dumps([facts, machine.jetson_state()], allow_nan=False)
+    monkeypatch.setattr(machine, "JETSON", Jetson(tmp_path / "other"))
+    assert (machine.facts()["jetson"], machine.jetson_state()) == (None, None)
+
+
+def test_energy_is_power_times_time(tmp_path, benchmark_modules, capsys):
+    from energy import measure_energy, print_energy
+
+    board = jetson(tmp_path, ORIN_NANO)
+    amperes = tmp_path / "sys/class/hwmon/hwmon1/curr1_input"
+
+    def image():
+        amperes.write_text("1976")  # 5.064 W more
+        sleep(0.01)
+
+    (row,) = measure_energy({"ours": image}, board, seconds=0.3)
+    assert row["idle_mw"] == pytest.approx(4942.5, abs=0.1)
+    assert row["power_samples"] >= 3
+    assert row["mean_mw"] == pytest.approx(10006.5, rel=0.2)  # the first reading may be of before
+    assert row["mj_per_image"] == pytest.approx(row["mean_mw"] * row["seconds"] / row["images"], rel=1e-3)
+    above = row["mj_per_image"] * (1 - row["idle_mw"] / row["mean_mw"])
+    assert row["mj_per_image_above_idle"] == pytest.approx(above, rel=1e-3)
+    print_energy([row])
+    assert f"{row['mj_per_image']:.1f} mJ an image" in capsys.readouterr().out
+
+
+def test_no_energy_where_the_modules_power_is_not_known(tmp_path, benchmark_modules):
+    from energy import measure_energy
+
+    assert measure_energy({"ours": lambda: pytest.fail("ran")}, Jetson(tmp_path)) == []
+
+
+def test_the_latency_benchmark_takes_the_kernels_a_bundle_has(tmp_path, benchmark_modules, monkeypatch):
+    import latency
+
+    monkeypatch.setattr(latency.fused, "device_architecture", lambda: 87)
+    bundle = write_tiny(tmp_path / "tiny.omniad", parts=fused_parts(tiny_plan(), weights_file(arrays()), 87))
+    cases, _ = latency.select_cases({"ours": bundle}, ["ours"])
+    assert [case.name for case in cases if case.backend == "fused"] == ["ours/fused-fp16"]
+    monkeypatch.setattr(latency.fused, "device_architecture", lambda: 90)
+    cases, left_out = latency.select_cases({"ours": bundle}, ["ours"])
+    assert not [case for case in cases if case.backend == "fused"]
+    assert any("ours/fused-fp16: the bundle has kernels for sm_87" in line for line in left_out)
