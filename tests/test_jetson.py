@@ -1,14 +1,24 @@
 """What a Jetson's files say, from trees of such files; without a Jetson."""
 
 import json
+import os
+import re
+import shutil
+import subprocess
 from pathlib import Path
 from time import sleep
 
 import pytest
+import torch
 from jetson_tree import AGX_ORIN, ORIN_NANO, THOR, write_tree
 from native_parts import arrays, fused_parts, tiny_plan, weights_file, write_tiny
+from torch.utils.flop_counter import FlopCounterMode
 
 from omniad_edge.jetson import Jetson
+from omniad_edge.model import ModelConfig, OmniAD
+
+ROOT = Path(__file__).resolve().parents[1]
+SETUP = ROOT / "export/jetson_setup.sh"
 
 
 def jetson(root, files) -> Jetson:
@@ -106,7 +116,7 @@ def test_files_of_nonsense_say_nothing(tmp_path):
 
 @pytest.fixture
 def benchmark_modules(monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[1] / "benchmarks"))
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
 
 
 def test_benchmarks_record_the_jetson(tmp_path, benchmark_modules, monkeypatch):
@@ -159,3 +169,89 @@ def test_the_latency_benchmark_takes_the_kernels_a_bundle_has(tmp_path, benchmar
     cases, left_out = latency.select_cases({"ours": bundle}, ["ours"])
     assert not [case for case in cases if case.backend == "fused"]
     assert any("ours/fused-fp16: the bundle has kernels for sm_87" in line for line in left_out)
+
+
+# The documentation and the setup script
+
+
+def setup(*arguments: object, path: Path | None = None) -> subprocess.CompletedProcess:
+    """path: a folder of programs that stand for the real ones."""
+    environment = os.environ | ({"PATH": f"{path}{os.pathsep}{os.environ['PATH']}"} if path else {})
+    command = ["bash", SETUP, *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=environment)
+
+
+@pytest.fixture
+def logging_sudo(tmp_path) -> Path:
+    """A folder with a sudo that only writes down what it was asked for, into the file "asked" there."""
+    folder = tmp_path / "programs"
+    folder.mkdir()
+    (folder / "sudo").write_text(f'#!/bin/sh\necho "sudo $*" >> {folder}/asked\n')
+    (folder / "sudo").chmod(0o755)
+    return folder
+
+
+@pytest.mark.parametrize(("jetpack", "bindings"), [("6", "cuda-bindings~=12.9"), ("7", "cuda-bindings>=13,<14")])
+def test_the_setup_script_does_what_it_said(tmp_path, logging_sudo, jetpack, bindings):
+    wheel = tmp_path / "omniad_edge-0.1.0-py3-none-any.whl"
+    wheel.touch()
+    said = setup("--dry-run", "--jetpack", jetpack, wheel, path=logging_sudo)
+    assert said.returncode == 0, said.stderr
+    assert not (logging_sudo / "asked").exists()
+    assert f"-m pip install {wheel}[line] {bindings}\n" in said.stdout
+    assert "torch" not in [word for line in said.stdout.splitlines() if "sudo" in line for word in line.split()]
+    setup("--jetpack", jetpack, wheel, path=logging_sudo)  # ends at the first program of what was not installed
+    lines = [line.strip() for line in said.stdout.splitlines() if line.strip().startswith("sudo ")]
+    done = (logging_sudo / "asked").read_text().splitlines()
+    drop_in = re.compile(r"/tmp/\S+")
+    assert [drop_in.sub("TMP", line) for line in done] == [drop_in.sub("TMP", line) for line in lines]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        ((), 2, "usage"),
+        (("--fast", "."), 2, "usage"),
+        (("--jetpack", "5", "."), 2, "usage"),
+        (("--jetpack", "6", "a", "b"), 2, "usage"),
+        (("--jetpack", "6", "none.whl"), 1, "none.whl: there is no such wheel"),
+        (("--jetpack", "6", "--power-mode", "NONE", "."), 1, "NONE is none of"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, tuple) else "",
+)
+def test_the_setup_script_refuses_in_words(logging_sudo, arguments, code, words):
+    done = setup(*arguments, path=logging_sudo)
+    assert done.returncode == code and words in done.stderr
+
+
+@pytest.mark.skipif(Path("/etc/nv_tegra_release").exists(), reason="this is a Jetson")
+def test_the_setup_script_is_for_jetsons():
+    done = setup("--dry-run", ".")
+    assert done.returncode == 1 and "this is no Jetson" in done.stderr
+
+
+def test_the_setup_script_passes_shellcheck():
+    if shutil.which("shellcheck") is None:
+        pytest.skip("shellcheck is not on this machine; run: sudo apt install shellcheck")
+    done = subprocess.run(["shellcheck", SETUP], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_the_floors_in_the_documentation_are_what_its_formula_gives():
+    text = (ROOT / "export/jetson.md").read_text(encoding="utf-8")
+    weight_bytes, flop = 63e6, 19.1e9
+    assert "63 MB of weights" in text and "19.1 GFLOP" in text
+    assert "63 MB of them weights" in (ROOT / "README.md").read_text(encoding="utf-8")
+    rows = [line.split("|")[1:-1] for line in text.splitlines() if re.match(r"\| (Orin|AGX|Thor) .*\d", line)]
+    assert len(rows) == 9
+    for module, _, *numbers in rows:
+        multiprocessors, mhz, gb_per_s, weights_ms, products_ms = map(float, numbers[:5])
+        flop_per_clock = 8192 if "Thor" in module else 2048
+        assert weights_ms == round(1e3 * weight_bytes / (gb_per_s * 1e9), 2)
+        assert products_ms == round(1e3 * flop / (multiprocessors * mhz * 1e6 * flop_per_clock), 2)
+
+
+def test_the_network_has_as_many_products_as_the_floors_count():
+    with FlopCounterMode(display=False) as counter, torch.inference_mode():
+        OmniAD(ModelConfig()).eval().requires_grad_(False)(torch.zeros(1, 3, 256, 256))
+    assert round(counter.get_total_flops() / 1e9, 1) == 19.1
