@@ -197,7 +197,8 @@ def look_at_gpu(jetson: Jetson) -> tuple[dict | None, Finding]:
     except OmniADError as exc:
         return None, Finding(section, name, False, str(exc))
     text = f"{gpu['name']}, {gpu['arch']}, {gpu['multiprocessors']} multiprocessors, {gpu['memory_mib']} MiB"
-    text += f", driver for CUDA {gpu['driver_cuda']}, cuda-bindings {installed('cuda-bindings')}"
+    driver = " ".join(filter(None, ("driver", gpu["driver"], "for CUDA", gpu["driver_cuda"])))
+    text += f", {driver}, cuda-bindings {installed('cuda-bindings')}"
     return gpu, Finding(section, name, True, text)
 
 
@@ -220,6 +221,7 @@ def gpu_facts(api: object = None) -> dict:
         "arch": f"sm_{major}{minor}",
         "multiprocessors": driver.attribute(device, "MULTIPROCESSOR_COUNT"),
         "memory_mib": int(driver.call("cuDeviceTotalMem", device)) >> 20,
+        "driver": read("/sys/module/nvidia/version").strip() or None,  # a Jetson's under JetPack 6 has no number
         "driver_cuda": f"{cuda // 1000}.{cuda % 1000 // 10}",
     }
 

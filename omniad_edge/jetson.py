@@ -28,8 +28,11 @@ class Jetson:
         self.root = Path(root)
 
     def __bool__(self) -> bool:
-        """Whether this is one. Boards of other makers have their own model, but NVIDIA's chip."""
-        return "nvidia,tegra" in self.read("proc/device-tree/compatible")
+        """Whether this is one. Boards of other makers have their own model, but NVIDIA's chip and release.
+
+        Containers see no device tree, unless they are privileged.
+        """
+        return "nvidia,tegra" in self.read("proc/device-tree/compatible") or self.l4t is not None
 
     # What stays
 

@@ -105,16 +105,19 @@ def test_a_bundle_that_cannot_run_fails(tmp_path, capsys, content):
     assert str(path) in capsys.readouterr().out.replace("\n", "").replace(" ", "")
 
 
-def test_a_gpu_by_the_driver(gpu):
+def test_a_gpu_by_the_driver(gpu, monkeypatch):
+    monkeypatch.setattr(doctor, "read", {"/sys/module/nvidia/version": "540.4.0\n"}.__getitem__)
     facts, finding = doctor.look_at_gpu(NO_JETSON)
     assert facts == {
         "name": "Orin",
         "arch": "sm_87",
         "multiprocessors": 8,
         "memory_mib": 7990,
+        "driver": "540.4.0",
         "driver_cuda": "12.6",
     }
-    assert finding.ok and finding.text.startswith("Orin, sm_87, 8 multiprocessors, 7990 MiB, driver for CUDA 12.6")
+    text = "Orin, sm_87, 8 multiprocessors, 7990 MiB, driver 540.4.0 for CUDA 12.6, cuda-bindings"
+    assert finding.ok and finding.text.startswith(text)
 
 
 def test_a_driver_without_a_gpu(gpu):
