@@ -84,7 +84,7 @@ run sudo /opt/omniad/bin/python -m pip install "${package}[line]" "$bindings"
 run sudo /opt/omniad/bin/python -m pip install --force-reinstall --no-deps "$package"
 
 echo "3. systemd: the unit omniad@.service, and what it needs on a Jetson (GPU devices, the CSI cameras' socket in /tmp)"
-unit=(/opt/omniad/lib/python3*/site-packages/omniad_edge/omniad@.service)
+unit=(/opt/omniad/lib/python3*/site-packages/omniad_edge/line/omniad@.service)
 run sudo install -m 644 "${unit[@]}" /etc/systemd/system/
 run sudo install -d /etc/omniad /etc/systemd/system/omniad@.service.d
 drop_in=$(mktemp)

@@ -19,7 +19,7 @@ from rich.table import Column, Table
 
 from . import fused
 from .bundle import Bundle, read_bundle
-from .camera_process import CameraProcess, interpreter
+from .cameras.camera_process import CameraProcess, interpreter
 from .cuda_driver import Driver
 from .detector import Detector
 from .download import default_cache_dir

@@ -13,6 +13,7 @@ import pytest
 from jetson_tree import AGX_ORIN, ORIN_NANO, THOR, write_tree
 from native_parts import arrays, fused_parts, tiny_plan, weights_file, write_tiny
 
+from omniad_edge.errors import InputError
 from omniad_edge.jetson import Jetson
 from omniad_edge.model import ModelConfig, OmniAD
 
@@ -163,16 +164,15 @@ def test_no_energy_where_the_modules_power_is_not_known(tmp_path, benchmark_modu
 
 
 def test_the_latency_benchmark_takes_the_kernels_a_bundle_has(tmp_path, benchmark_modules, monkeypatch):
-    import latency
+    import cpu
 
-    monkeypatch.setattr(latency.fused, "device_architecture", lambda: 87)
     bundle = write_tiny(tmp_path / "tiny.omniad", parts=fused_parts(tiny_plan(), weights_file(arrays()), 87))
-    cases, _ = latency.select_cases({"ours": bundle}, ["ours"])
-    assert [case.name for case in cases if case.backend == "fused"] == ["ours/fused-fp16"]
-    monkeypatch.setattr(latency.fused, "device_architecture", lambda: 90)
-    cases, left_out = latency.select_cases({"ours": bundle}, ["ours"])
-    assert not [case for case in cases if case.backend == "fused"]
-    assert any("ours/fused-fp16: the bundle has kernels for sm_87" in line for line in left_out)
+    monkeypatch.setattr(cpu, "device_architecture", lambda: 87)
+    cases, _ = cpu.select_cases({"ours": bundle}, ["ours/fused-fp16"])
+    assert [case.backend for case in cases] == ["fused"]
+    monkeypatch.setattr(cpu, "device_architecture", lambda: 90)
+    with pytest.raises(InputError, match="ours/fused-fp16: the bundle has kernels for sm_87"):
+        cpu.select_cases({"ours": bundle}, ["ours/fused-fp16"])
 
 
 # The documentation and the setup script
@@ -232,6 +232,11 @@ def test_the_setup_script_refuses_in_words(logging_sudo, arguments, code, words)
 def test_the_setup_script_is_for_jetsons():
     done = setup("--dry-run", ".")
     assert done.returncode == 1 and "this is no Jetson" in done.stderr
+
+
+def test_the_unit_is_where_the_setup_script_looks():
+    (path,) = re.findall(r"site-packages/(omniad_edge/\S+\.service)", SETUP.read_text())
+    assert (ROOT / path).is_file()
 
 
 def test_the_setup_script_passes_shellcheck():
