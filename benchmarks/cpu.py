@@ -12,7 +12,8 @@ module     torch.onnx.export of our own torch module as it is
 Ours and torch take uint8 images, the plain exports take normalised ones: their normalisation is not counted.
 
 Every round times one call of every case at every batch size, in an order shuffled anew, so that the machine's
-noise hits all alike. Data on stdout, progress on stderr; exit code 0, 1 failure, 2 usage.
+noise hits all alike. On a Jetson also the power mode, clocks and temperatures before and after, and the energy of
+an image. Data on stdout, progress on stderr; exit code 0, 1 failure, 2 usage.
 """
 
 import argparse
@@ -22,12 +23,14 @@ import random
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from time import perf_counter, sleep
 
 import numpy as np
 from cases import FRAME_SHAPE, Case, Run, open_case, random_pixels
-from machine import facts, load_average
+from energy import measure_energy, print_energy
+from machine import JETSON, facts, jetson_state, load_average
 from paced import measure_paced
 
 from omniad_edge import Detector, fused
@@ -117,7 +120,7 @@ def say(text: str) -> None:
 
 
 def measure(args: argparse.Namespace) -> dict:
-    header = facts() | {"load_before": load_average()}
+    header = facts() | {"load_before": load_average(), "jetson_before": jetson_state()}
     with tempfile.TemporaryDirectory() as folder:
         say("exporting the networks")
         files, missing = make_files(args, Path(folder))
@@ -127,10 +130,17 @@ def measure(args: argparse.Namespace) -> dict:
         stages = time_stages(detectors, args)
         named = {case.name: detector for case, detector in detectors.items()}
         paced = measure_paced(named, args.samples) if args.paced else []
+        inspect = {name: partial(call, random_pixels(FRAME_SHAPE)) for name, call in named.items()}
+        energy = measure_energy(inspect, JETSON)
         costs = [process_cost(case, args.threads, height, width) for case in cases]
         bundles = {group: files[group].stat().st_size for group in ("ours", "ours-fp16") if group in files}
     header |= {name: getattr(args, name) for name in ("threads", "samples", "warm_up", "batch")}
-    header |= {"load_after": load_average(), "network": config, "input": [height, width]}
+    header |= {
+        "load_after": load_average(),
+        "jetson_after": jetson_state(),
+        "network": config,
+        "input": [height, width],
+    }
     header |= {"weights": str(args.bundle or "seeded"), "bundle_bytes": bundles}
     return {
         "schema": SCHEMA,
@@ -138,6 +148,7 @@ def measure(args: argparse.Namespace) -> dict:
         "latency": with_speedups(rows),
         "stages": stages,
         "paced": paced,
+        "energy": energy,
         "import_s": import_seconds(),
         "processes": costs,
         "left_out": missing + left_out,
@@ -375,6 +386,7 @@ def print_report(report: dict) -> None:
     for row in report["paced"]:
         ratio = f", {row['ratio']:.2f} times back to back" if "ratio" in row else ""
         print(f"{row['case']:<28}{row['arrivals']:>13}: {row['p50_ms']:.1f} / {row['p99_ms']:.1f}{ratio}")
+    print_energy(report["energy"])
     print(f"\n{'in a process of its own':<28}  first image after s  resident MiB  peak MiB")
     for row in report["processes"]:
         memory = f"{cell(row['resident_mib'], '.0f'):>14}{cell(row['peak_mib'], '.0f'):>10}"
@@ -390,6 +402,8 @@ def print_header(header: dict) -> None:
     print(f"{cpu}, {header['cores']} cores, {header['threads']} threads used, {header['memory_mib']} MiB")
     print(f"{header['system']}, Python {header['python']}")
     print(", ".join(f"{name} {version}" for name, version in header["versions"].items()))
+    if header["jetson"]:
+        print(", ".join(f"{name} {value}" for name, value in header["jetson"].items()))
     network = ", ".join(f"{name} {value}" for name, value in header["network"].items())
     print(f"network: {network}; weights: {header['weights']}")
     sizes = (f"{group} {size / 2**20:.1f} MiB" for group, size in header["bundle_bytes"].items())

@@ -1,33 +1,29 @@
 """Facts about the machine and the software that a measurement is worth nothing without."""
 
 import os
-import platform
 import re
 import subprocess
 from datetime import datetime, timezone
 from pathlib import Path
 
+from omniad_edge.doctor import machine_facts, read
+from omniad_edge.jetson import Jetson
 from omniad_edge.versions import versions
 
+JETSON = Jetson()
 ROOT = Path(__file__).resolve().parents[1]
-CPU_FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "asimddp", "bf16")
 
 
 def facts() -> dict:
-    """Date, commit, CPU, memory, system and versions; JSON-safe. What cannot be known is "unknown" or absent."""
-    cpu = read("/proc/cpuinfo")
-    model = re.search(r"^model name\s*: (.*)$", cpu, re.MULTILINE)
-    flags = re.search(r"^(?:flags|Features)\s*: (.*)$", cpu, re.MULTILINE)
-    memory = re.search(r"^MemTotal:\s*(\d+) kB$", read("/proc/meminfo"), re.MULTILINE)
+    """Date, commit, CPU, memory, system and versions; JSON-safe. What cannot be known is "unknown" or absent.
+
+    jetson: of such a board its model, release, power mode and whether its clocks are fixed; else None.
+    """
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "commit": commit(),
-        "cpu": (model[1] if model else platform.processor()) or "unknown",
-        "cpu_features": [name for name in CPU_FEATURES if flags and name in flags[1].split()],
-        "cores": os.cpu_count(),
-        "memory_mib": int(memory[1]) // 1024 if memory else None,
-        "system": platform.platform(),
-        "python": platform.python_version(),
+        **machine_facts(),
+        "jetson": JETSON.facts() if JETSON else None,
         "versions": {name: value for name, value in versions().items() if name != "python"},
     }
 
@@ -51,6 +47,11 @@ def load_average() -> float | None:
     return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
 
 
+def jetson_state() -> dict | None:
+    """Clocks, temperatures and power now; None where this is no Jetson."""
+    return JETSON.state() if JETSON else None
+
+
 def memory_mib() -> dict[str, float | None]:
     """This process's memory: resident now, and at its peak. None where there is no /proc."""
     status = read("/proc/self/status")
@@ -59,10 +60,3 @@ def memory_mib() -> dict[str, float | None]:
 
 
 MEMORY_KEYS = (("resident_mib", "VmRSS"), ("peak_mib", "VmHWM"))
-
-
-def read(path: str) -> str:
-    try:
-        return Path(path).read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""

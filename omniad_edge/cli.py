@@ -128,6 +128,10 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("bundle", type=Path)
     sub.add_argument("--json", action="store_true", help="print the manifest")
 
+    sub = command("doctor", doctor, "tell what this machine has, and what it lacks for what")
+    sub.add_argument("bundle", type=Path, nargs="?", help="also whether it can run here; exit code 1 if not")
+    sub.add_argument("--json", action="store_true", help="print it as JSON")
+
     sub = command("pretrain", pretrain, "train a backbone on procedural pictures")
     sub.add_argument("--out", type=Path, required=True, help="weights file to write, .safetensors")
     sub.add_argument("--backbone", default="resnet18", help="resnet18, resnet34, resnet50 or wide_resnet50_2")
@@ -312,6 +316,12 @@ def info(options: argparse.Namespace) -> None:
             f"{change['time']}  {change['action']}: {change['product']} "
             f"{change['old_threshold']:.6g} -> {change['new_threshold']:.6g}"
         )
+
+
+def doctor(options: argparse.Namespace) -> int:
+    from .doctor import run_doctor
+
+    return run_doctor(options.bundle, options.json)
 
 
 def pretrain(options: argparse.Namespace) -> None:
