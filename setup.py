@@ -18,8 +18,8 @@ setup(
         "omniad_edge.export": "export",
     },
     package_data={
+        "omniad_edge": ["*.json"],
         "omniad_edge.backbones": ["*"],
         "omniad_edge.line": ["*.service"],
-        "omniad_edge.outputs": ["*.json"],
     },
 )

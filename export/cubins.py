@@ -18,7 +18,6 @@ TYPES = {"float16": "*fp16", "float32": "*fp32", "uint8": "*u8", "int32": "*i32"
 PDL_FROM = 90  # programmatic dependent launch
 # Triton 3.6 brings assemblers of CUDA 12.8 and, for Blackwell, 12.9; they do not know these.
 NEEDS_CUDA_13 = (110,)
-HIDDEN_POINTERS = 2  # that Triton appends to the parameters: global scratch and profile scratch
 
 
 def check_targets(targets: list[str]) -> list[int]:

@@ -20,9 +20,9 @@ from datetime import datetime, timezone
 from pathlib import Path
 from reprlib import repr as short
 
-from omniad_edge.calibration import Calibration
-from omniad_edge.errors import BundleError, InputError
-from omniad_edge.files import atomic_write
+from .calibration import Calibration
+from .errors import BundleError, InputError
+from .files import atomic_write
 
 FORMAT = "omniad-bundle"
 SCHEMA = 1

@@ -23,7 +23,7 @@ from reprlib import repr as short
 import numpy as np
 from numpy.typing import ArrayLike
 
-from omniad_edge.errors import CalibrationError, InputError
+from .errors import CalibrationError, InputError
 
 SOURCES = ("calibrated", "training", "manual")
 MIN_RATE = 1e-9  # below it the number of images is no longer a number anyone can act on

@@ -17,6 +17,9 @@ from rich.console import Console
 from .errors import MissingDependencyError, OmniADError
 
 PRESETS = ("base", "fast", "small")
+BACKBONES = ("resnet18", "resnet34", "resnet50", "wide_resnet50_2")
+BACKENDS = ("fused", "onnxruntime", "openvino")
+PRECISIONS = ("fp16", "fp32", "bf16")
 console = Console(stderr=True, highlight=False)
 
 
@@ -32,8 +35,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         console.print(f"[red]error:[/] {type(exc).__name__}: ", end="")
         console.print(str(exc), markup=False, soft_wrap=True)
     except KeyboardInterrupt:
-        resume = "; a training goes on with the same command and --resume" if options.command is train else ""
-        console.print(f"interrupted{resume}")
+        console.print("interrupted")
     except OSError as exc:
         console.print(f"error: {exc}", markup=False, soft_wrap=True)
     return 1
@@ -49,8 +51,7 @@ def parser() -> argparse.ArgumentParser:
     commands = top.add_subparsers(required=True, metavar="COMMAND")
 
     def command(name, run, help):
-        shown = argparse.ArgumentDefaultsHelpFormatter
-        sub = commands.add_parser(name, help=help, description=help, formatter_class=shown)
+        sub = commands.add_parser(name, help=help, description=help, formatter_class=HelpFormatter)
         sub.set_defaults(command=run)
         return sub
 
@@ -72,7 +73,7 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--cache-features", action="store_true", help="keep the backbone's features in memory")
     sub.add_argument("--skip-broken", action="store_true", help="leave out broken images instead of stopping")
     sub.add_argument("--resume", action="store_true", help="go on with the run in --out")
-    sub.add_argument("--device", default="auto", help="auto, cpu or cuda")
+    sub.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="what trains")
 
     sub = command("evaluate", evaluate, "measure detection on the test images of a data set")
     sub.add_argument("model", type=Path, help="folder of a run, or a bundle")
@@ -90,12 +91,12 @@ def parser() -> argparse.ArgumentParser:
         "--targets",
         type=lambda text: text.split(","),
         default=[],
-        help="GPUs to add fused kernels for, like sm_87,sm_90 (Jetson Orin: 87, Thor: 110); needs --fp16",
+        help="GPUs to add fused kernels for, like sm_87,sm_90 (Jetson Orin and Thor: sm_87,sm_110); needs --fp16",
     )
     sub.add_argument("--data", type=Path, help="the data set, if it is no longer where it was trained from")
 
     sub = command("calibrate", calibrate, "set a bundle's thresholds from good parts")
-    sub.add_argument("bundle", type=Path)
+    sub.add_argument("bundle", type=Path, help="changed in place, atomically")
     sub.add_argument(
         "--good", type=Path, required=True, help="PRODUCT/good/* folders; images trained on are left out"
     )
@@ -107,25 +108,25 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--confidence", type=share, default="95%", help="that the wish holds")
 
     sub = command("threshold", threshold, "set one product's threshold by hand")
-    sub.add_argument("bundle", type=Path)
-    sub.add_argument("--product", required=True)
+    sub.add_argument("bundle", type=Path, help="changed in place, atomically")
+    sub.add_argument("--product", required=True, help="as the bundle names it")
     sub.add_argument("value", type=float, help="parts that score higher are defective")
 
     sub = command("predict", predict, "give verdicts on images")
-    sub.add_argument("bundle", type=Path)
+    sub.add_argument("bundle", type=Path, help="such as line3.omniad")
     sub.add_argument("images", type=Path, help="an image or a folder")
     sub.add_argument("--product", help="whose threshold applies; default: the strictest")
     sub.add_argument("--save", type=Path, help="folder for pictures with heatmap, and results.jsonl")
     sub.add_argument("--json", action="store_true", help="print one JSON object a line")
-    sub.add_argument("--backend", default="auto", help="auto, fused, onnxruntime or openvino")
-    sub.add_argument("--precision", default="auto", help="auto, fp16, fp32 or bf16")
+    sub.add_argument("--backend", choices=("auto", *BACKENDS), default="auto", help="what computes")
+    sub.add_argument("--precision", choices=("auto", *PRECISIONS), default="auto", help="of its arithmetic")
 
     sub = command("run", run, "inspect on a line, as its TOML file says, until it ends or is stopped")
     sub.add_argument("file", type=Path, help="such as line3.toml")
     sub.add_argument("--check", action="store_true", help="only name every mistake in it, or what would run")
 
     sub = command("info", info, "print what a bundle holds")
-    sub.add_argument("bundle", type=Path)
+    sub.add_argument("bundle", type=Path, help="such as line3.omniad")
     sub.add_argument("--json", action="store_true", help="print the manifest")
 
     sub = command("doctor", doctor, "tell what this machine has, and what it lacks for what")
@@ -134,26 +135,40 @@ def parser() -> argparse.ArgumentParser:
 
     sub = command("pretrain", pretrain, "train a backbone on procedural pictures")
     sub.add_argument("--out", type=Path, required=True, help="weights file to write, .safetensors")
-    sub.add_argument("--backbone", default="resnet18", help="resnet18, resnet34, resnet50 or wide_resnet50_2")
-    sub.add_argument("--steps", type=int, default=2500)
-    sub.add_argument("--seed", type=int, default=42)
+    sub.add_argument("--backbone", choices=BACKBONES, default="resnet18", help="which one")
+    sub.add_argument("--steps", type=int, default=2500, help="of training")
+    sub.add_argument("--seed", type=int, default=42, help="of everything random")
 
     sub = command("demo", demo, "train, calibrate, export and inspect a small generated product line")
     sub.add_argument("--out", type=Path, default=Path("demo"), help="folder for everything it makes")
     return top
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the defaults that say something."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        return action.help if action.default in (None, False, []) else super()._get_help_string(action)
+
+
 def share(text: str) -> float:
     """ "0.5%" or "0.005" -> 0.005"""
-    value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    try:
+        value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        value = -1
     if not 0 <= value < 1:
-        raise ValueError(text)
+        raise argparse.ArgumentTypeError(f"expected a share such as 5% or 0.05, below 100%; got {text!r}")
     return value
 
 
 def image_size(text: str) -> tuple[int, int]:
+    """ "256" or "256x320" -> height, width"""
     height, _, width = text.partition("x")
-    return int(height), int(width or height)
+    try:
+        return int(height), int(width or height)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a size such as 256 or 256x320; got {text!r}") from None
 
 
 def require(package: str, extra: str) -> None:
@@ -161,8 +176,13 @@ def require(package: str, extra: str) -> None:
         raise MissingDependencyError(package, extra)
 
 
+def require_training() -> None:
+    for package in ("torch", "safetensors", "onnx"):
+        require(package, "train")
+
+
 def train(options: argparse.Namespace) -> None:
-    require("torch", "train")
+    require_training()
     from dataclasses import replace
 
     from . import model
@@ -191,6 +211,8 @@ def train(options: argparse.Namespace) -> None:
 
 
 def evaluate(options: argparse.Namespace) -> None:
+    if options.model.suffix != ".omniad":
+        require_training()
     from . import evaluate, report
 
     evaluation = evaluate.evaluate_model(options.model, options.data, options.published)
@@ -204,8 +226,7 @@ def evaluate(options: argparse.Namespace) -> None:
 
 
 def export(options: argparse.Namespace) -> None:
-    for package in ("torch", "onnx"):
-        require(package, "train")
+    require_training()
     if options.targets:
         require("triton", "kernels")
     from .export.bundle_export import export_bundle
@@ -251,10 +272,15 @@ def predict(options: argparse.Namespace) -> int:
     from .image import list_images, read_image
 
     paths = list_images(options.images)
-    detector = Detector(options.bundle, options.backend, options.precision)
     root = options.images if options.images.is_dir() else options.images.parent
+    results = None
+    if options.save:
+        if options.images.is_dir() and options.save.resolve().is_relative_to(root.resolve()):
+            raise InputError(f"--save: {options.save} lies in {root}, whose images are read; take another folder")
+        options.save.mkdir(parents=True, exist_ok=True)
+        results = (options.save / "results.jsonl").open("w", encoding="utf-8", buffering=1)  # a line as it comes
+    detector = Detector(options.bundle, options.backend, options.precision)
     counts = {"good": 0, "defective": 0, "unreadable": 0}
-    lines = []
     for path in paths:
         try:
             frame = read_image(path)
@@ -273,15 +299,14 @@ def predict(options: argparse.Namespace) -> int:
             f"{result.product}{assumed}  {result.speed_ms['total']:.1f} ms",
             flush=True,
         )
-        if options.save:
-            lines.append(line)
+        if results:
+            results.write(f"{line}\n")
             picture = options.save / f"{path.relative_to(root)}.jpg"
             picture.parent.mkdir(parents=True, exist_ok=True)
             with atomic_write(picture) as part:
                 part.write_bytes(cv2.imencode(".jpg", result.draw(frame))[1].tobytes())
-    if options.save:
-        with atomic_write(options.save / "results.jsonl") as part:
-            part.write_text("".join(f"{line}\n" for line in lines))
+    if results:
+        results.close()
     summary = ", ".join(f"{count} {what}" for what, count in counts.items())
     console.print(f"{len(paths)} images: {summary} ({detector.backend} {detector.precision})")
     return 1 if counts["unreadable"] else 0
@@ -325,7 +350,7 @@ def doctor(options: argparse.Namespace) -> int:
 
 
 def pretrain(options: argparse.Namespace) -> None:
-    require("torch", "train")
+    require_training()
     from .pretrain import pretrain
     from .progress import counting
 
@@ -335,8 +360,7 @@ def pretrain(options: argparse.Namespace) -> None:
 
 
 def demo(options: argparse.Namespace) -> None:
-    for package in ("torch", "onnx"):
-        require(package, "train")
+    require_training()
     from .demo import run_demo
 
     run_demo(options.out)

@@ -108,17 +108,18 @@ def train(
         run = RunFolder(Path(out))
         run.check(facts, resume)  # before minutes of reading
         shown = progress is None and world.rank == 0
+        torch.manual_seed(seed)
+        model = OmniAD(config)
+        if world.rank == 0:  # the others get its weights, and write nothing
+            backbone = load_backbone(model.teacher, config.backbone, backbone_weights)
         images = load_good_images(
             settings["data"], config.height, config.width, on_broken, world.local_size, shown
         )
         training, held_out = split_holdout(images.samples, holdout, seed)
-        torch.manual_seed(seed)
-        model = OmniAD(config)
-        if world.rank == 0:  # the others get its weights, and write nothing
+        if world.rank == 0:
             facts |= describe_images(images.samples, training, held_out, settings["data"])
             run.check(facts, resume)
-            facts["backbone"] = load_backbone(model.teacher, config.backbone, backbone_weights)
-            facts["versions"] = versions()
+            facts |= {"backbone": backbone, "versions": versions()}
         trainer = Trainer(model, images.pixels, training, held_out, batch_size, world)
         state = run.load(model, trainer.optimizer) if resume else State()
         if cache_features:
@@ -161,7 +162,8 @@ def fit(trainer: "Trainer", run: RunFolder, state: State, facts: dict, report: R
         raise TrainingError(f"epoch {epoch}: {exc}; {run.last} holds epoch {run.saved_epoch}") from exc
     except KeyboardInterrupt:
         if writes:
-            say(f"interrupted in epoch {epoch}; {run.last} holds epoch {run.saved_epoch}: resume from there")
+            kept = f"{run.last} holds epoch {run.saved_epoch}: go on with the same command and --resume"
+            say(f"interrupted in epoch {epoch}; {kept if run.saved_epoch else 'nothing is saved yet'}")
         raise
 
 

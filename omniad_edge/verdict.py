@@ -1,6 +1,6 @@
 """What a line says: one verdict a part, results that came too late for one, and what happened around them.
 
-`to_dict` of each is one JSON object after `outputs/record.schema.json`, the same in every output.
+`to_dict` of each is one JSON object after `record.schema.json`, the same in every output.
 """
 
 import json
@@ -17,7 +17,7 @@ ACCEPT, REJECT, NO_VERDICT = "accept", "reject", "no_verdict"
 
 def record_schema() -> dict:
     """The JSON schema (draft 2020-12) of every record."""
-    return json.loads(files("omniad_edge.outputs").joinpath("record.schema.json").read_text(encoding="utf-8"))
+    return json.loads(files("omniad_edge").joinpath("record.schema.json").read_text(encoding="utf-8"))
 
 
 def now() -> str:

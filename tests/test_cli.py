@@ -96,25 +96,33 @@ def test_info_prints_the_manifest(bundle, capsys):
     assert json.loads(capsys.readouterr().out)["format"] == "omniad-bundle"
 
 
+def test_pictures_are_not_saved_among_those_that_are_read(bundle, small_run, capsys):
+    assert run_main("predict", bundle, small_run.data, "--save", small_run.data / "out") == 1
+    assert "take another folder" in capsys.readouterr().err
+    assert not (small_run.data / "out").exists()
+
+
 @pytest.mark.parametrize(
-    "arguments",
+    ("arguments", "reason"),
     [
-        [],
-        ["unknown"],
-        ["train", "--data", "x"],
-        ["train", "--data", "x", "--out", "y", "--preset", "huge"],
-        ["train", "--data", "x", "--out", "y", "--size", "wide"],
-        ["calibrate", "b", "--good", "g", "--max-false-reject", "many"],
-        ["calibrate", "b", "--good", "g", "--max-false-reject", "150%"],
-        ["threshold", "b", "--product", "p", "high"],
+        ("", "usage:"),
+        ("unknown", "invalid choice"),
+        ("train --data x", "--out"),
+        ("train --data x --out y --preset huge", "invalid choice"),
+        ("train --data x --out y --size wide", "expected a size such as 256 or 256x320; got 'wide'"),
+        ("train --data x --out y --device tpu", "invalid choice"),
+        ("calibrate b --good g --max-false-reject many", "expected a share such as 5% or 0.05, below 100%"),
+        ("calibrate b --good g --max-false-reject 150%", "got '150%'"),
+        ("calibrate b --good g --max-false-reject 5", "got '5'"),
+        ("threshold b --product p high", "invalid float"),
+        ("predict b i --backend foo", "invalid choice"),
     ],
-    ids=" ".join,
 )
-def test_wrong_usage_exits_2(arguments, capsys):
+def test_wrong_usage_exits_2(arguments, reason, capsys):
     with pytest.raises(SystemExit) as exit:
-        main(arguments)
+        main(arguments.split())
     assert exit.value.code == 2
-    assert "usage:" in capsys.readouterr().err
+    assert reason in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ from omniad_edge.errors import InputError, MissingDependencyError, OutputError
 from omniad_edge.line import health as health_module
 from omniad_edge.line.health import FAILING_S, QUIET_S, Health, troubles
 from omniad_edge.line.line import Line
-from omniad_edge.line.metrics import MAX_NAMES, OTHERS, SCORES
+from omniad_edge.line.prometheus import MAX_NAMES, OTHERS, SCORES
 
 
 @pytest.fixture

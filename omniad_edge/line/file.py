@@ -71,6 +71,7 @@ class LineFile:
     def __init__(self, path: Path, content: dict) -> None:
         self.path, self.folder = path, Path(os.path.abspath(path)).parent
         self.mistakes: list[tuple[str, str]] = []
+        self.lists_sources = False  # whether one of them is an address that no source has
         self.hidden: list[tuple[str, str, str]] = []  # key's path, a variable's value, what messages say for it
         self.raw = content
         self.top = self.table("", self.with_environment("", content))
@@ -108,8 +109,9 @@ class LineFile:
         try:
             return make(*args, **options)
         except OmniADError as exc:
-            said = str(exc).partition("\n")[0].removesuffix(". A source is one of")
-            name, _, rest = said.partition(": ")
+            said, listed, _ = str(exc).partition(". A source is one of\n")
+            self.lists_sources |= bool(listed)
+            name, _, rest = said.partition("\n")[0].partition(": ")
         if name in TABLES.get(key, ()):
             key = f"{key}.{name}".strip(".")
         elif name not in key.split("."):
@@ -122,8 +124,7 @@ class LineFile:
             return
         lines = [f"{key}: {self.hide(key, ' '.join(what.split()))}" for key, what in self.mistakes]
         text = "\n  ".join([f"{self.path}: {len(lines)} mistake{'s' * (len(lines) > 1)}", *lines])
-        of_sources = any(key.split(".")[0] == "source" for key, _ in self.mistakes)
-        raise InputError(f"{text}\nA source is one of\n{FORMS}" if of_sources else text)
+        raise InputError(f"{text}\nA source is one of\n{FORMS}" if self.lists_sources else text)
 
     def hide(self, key: str, what: str) -> str:
         for of, value, shown in sorted(self.hidden, key=lambda hidden: -len(hidden[1])):

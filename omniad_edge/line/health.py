@@ -12,7 +12,7 @@ from socketserver import ThreadingTCPServer
 from ..errors import InputError, OutputError
 from ..outputs.delivery import Output
 from ..verdict import Record, Status
-from .metrics import LineMetrics
+from .prometheus import LineMetrics
 from .snapshot import Snapshot, Watched
 
 QUIET_S = 10.0  # without a sign of life of the line, it hangs

@@ -75,7 +75,7 @@ class Watchdog:
             self._thread.start()
 
     def stop(self) -> None:
-        """The line is about to stop, on purpose: call it before, as that may take a while."""
+        """Call it when the line has stopped: the process is about to end, on purpose."""
         if self._thread is not None and not self._stopped.is_set():
             self._stopped.set()
             self._thread.join()
