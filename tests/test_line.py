@@ -315,6 +315,25 @@ def test_an_engine_lost_for_good_stops_the_line_in_the_safe_state():
     assert [v.decision for v in r.keeper.of("verdict")] == ["reject"]
 
 
+@pytest.mark.parametrize(
+    ("one_s", "eight_s", "deadline_ms", "batch"),
+    [
+        (0.004, 0.008, None, 8),  # an engine with a graph for eight, which makes two of one and one of these
+        (0.004, 0.008, 10, 1),  # where no part could wait for that
+        (0.004, 0.032, None, 1),
+        (0.04, 0.04, None, 1),  # too slow to be a GPU; not even tried
+    ],
+)
+def test_images_go_together_where_that_is_quicker(one_s, eight_s, deadline_ms, batch):
+    class Timed(FakeDetector):
+        def __call__(self, images, product=None):
+            sleep(eight_s if len(images) == 8 else one_s * len(images))
+            return super().__call__(images, product)
+
+    with Running(detector=Timed(), deadline_ms=deadline_ms) as r:
+        assert f"calls of up to {batch}" in r.keeper.wait_event("line started").detail
+
+
 def test_a_film_is_not_read_far_ahead_of_the_engine():
     frames = [np.full((8, 8, 3), 50, np.uint8)] * 12
     detector = FakeDetector()

@@ -1,6 +1,7 @@
 """Threads that inspect: they take waiting frames from a line, call its detector and hand the results back."""
 
 from collections.abc import Callable, Sequence
+from math import inf
 from time import monotonic
 from typing import TYPE_CHECKING
 
@@ -16,7 +17,9 @@ if TYPE_CHECKING:
     from .line import Line
     from .parts import View
 
-MAX_BATCH = 8
+BATCHES = (8, 4, 2)
+# A slower engine is a CPU's, which takes eight times as long for eight images as for one.
+BATCH_BELOW_S = 0.03
 IDLE_S = 0.25  # an idle worker looks around this often
 # A GPU lowers its clocks when idle and the next part pays for it, so a quick engine runs on a blank frame now and
 # then. A slow one, on a CPU, is left alone: the part that comes meanwhile would have to wait for it.
@@ -39,12 +42,13 @@ class Workers:
 
     def measure(self) -> None:
         self.call_s = self.seconds_for(1)
-        while self.batch < MAX_BATCH and not self.line.stop_asked:
-            taken_s = self.seconds_for(2 * self.batch)
-            too_late = self.deadline_ms is not None and taken_s > self.deadline_ms / 2e3
-            if taken_s > 0.7 * 2 * self.batch * self.call_s or too_late:
-                break
-            self.batch *= 2
+        limit_s = inf if self.deadline_ms is None else self.deadline_ms / 2e3
+        for batch in BATCHES if self.call_s < BATCH_BELOW_S else ():
+            if self.line.stop_asked:
+                return
+            if self.seconds_for(batch) <= min(0.7 * batch * self.call_s, limit_s):
+                self.batch = batch
+                return
 
     def seconds_for(self, batch: int) -> float:
         """The fastest of three calls."""
