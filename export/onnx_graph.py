@@ -32,7 +32,13 @@ def build_graph(network: Network, half: bool, half_weights: bool) -> tuple[bytes
     (N, H, W, 3) uint8 RGB with any N, its outputs are `anomaly_map` (N, H, W) and `pred_score` (N,) fp32.
     """
     ops = OnnxOps(network, half, half_weights)
-    outputs = zip(("anomaly_map", "pred_score"), forward(ops, network, "pixels"), strict=True)
+    made = forward(ops, network, "pixels")
+    return model_of(ops, network, *made).SerializeToString(), ops.weights
+
+
+def model_of(ops: "OnnxOps", network: Network, anomaly_map: "Value", pred_score: "Value") -> ModelProto:
+    """What `ops` emitted, as a model without weights."""
+    outputs = (("anomaly_map", anomaly_map), ("pred_score", pred_score))
     nodes = ops.nodes + [helper.make_node("Identity", [made.name], [name]) for name, made in outputs]
     size = (network.height, network.width)
     graph = helper.make_graph(
@@ -46,8 +52,7 @@ def build_graph(network: Network, half: bool, half_weights: bool) -> tuple[bytes
         [numpy_helper.from_array(value, name) for name, value in ops.constants.items()],
     )
     opset = [helper.make_opsetid("", OPSET)]
-    model = helper.make_model(graph, opset_imports=opset, ir_version=IR_VERSION, producer_name="omniad-edge")
-    return model.SerializeToString(), ops.weights
+    return helper.make_model(graph, opset_imports=opset, ir_version=IR_VERSION, producer_name="omniad-edge")
 
 
 def weights_message(weights: dict[str, np.ndarray]) -> bytes:

@@ -19,6 +19,10 @@ def forward(ops, network: Network, pixels):
     """pixels (N, H, W, 3) uint8 RGB -> anomaly_map (N, H, W), smoothed, and pred_score (N,), its maximum."""
     teacher = backbone(ops, network, pixels)
     student = decoder(ops, network, neck(ops, network, *teacher))
+    return anomaly_map(ops, network, teacher, student)
+
+
+def anomaly_map(ops, network: Network, teacher, student):
     total = None
     for t, s, (rows, columns) in zip(teacher, student, network.resample, strict=True):
         part = ops.resample(ops.cosine_distance(t, s), rows, columns)
@@ -57,14 +61,14 @@ def neck(ops, network: Network, f0, f1, f2):
     return ops.decoder_input(x)
 
 
-def decoder(ops, network: Network, x):
-    """-> student features, ordered as the teacher's."""
+def decoder(ops, network: Network, x, block=None):
+    """-> student features, ordered as the teacher's. block: what does an Omni-block, if not `omni_block`."""
     students = []
     for index, stage in enumerate(network.stages):
         if index:
             x = ops.expand(x, network.expands[index - 1])
-        for block in stage:
-            x = omni_block(ops, block, x)
+        for weights in stage:
+            x = (block or omni_block)(ops, weights, x)
         students.append(x)
     return students[:0:-1]
 
