@@ -1,14 +1,20 @@
-"""The parts of a bundle that the fused engine reads: the plan, kernels per architecture, self-test images."""
+"""The parts of a bundle for NVIDIA GPUs.
+
+The fused engine reads the plan, kernels per architecture and self-test images; a builder of TensorRT engines the
+graph for the plugin and the same kernels.
+"""
 
 import io
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
 import numpy as np
 
 from ..evaluate import Predictions
 from ..fused import PLAN, SELF_TEST
 from ..kernels.fold import Network
+from ..kernels.plan import Kernel, Plan
 from ..versions import versions
 from .cubins import check_targets, compile_plan
 from .parity import score_deviation
@@ -27,12 +33,15 @@ def fused_parts(
     report is called with a line per architecture. Raises ExportError as `cubins` does.
     """
     from ..kernels.network_plan import build_plan  # Triton is needed from here on
+    from ..kernels.plugin_plan import plugin_plans
+    from .plugin_nodes import build_plugin_graph
 
     plan = build_plan(network, batch=1)
     parts = {PLAN: json.dumps(plan.to_dict()).encode(), SELF_TEST: self_test(reference)}
+    parts["graphs/plugin.onnx"], _ = build_plugin_graph(network)
     for arch in check_targets(targets):
         code, index = bytearray(), {}
-        for key, kernel in compile_plan(plan, arch):
+        for key, kernel in compile_plans((plan, *plugin_plans(network)), arch).items():
             index[key] = {
                 "name": kernel.name,
                 "offset": len(code),
@@ -46,6 +55,15 @@ def fused_parts(
         if report:
             report(f"sm_{arch}: {len(index)} kernels, {len(code)} bytes, {len(plan.launches)} launches an image")
     return parts
+
+
+def compile_plans(plans: Iterable[Plan], arch: int) -> dict[str, Kernel]:
+    """The kernels of all by key, each compiled once: a part of the network has few of its own."""
+    kernels = {}
+    for plan in plans:
+        new = tuple(launch for launch in plan.launches if plan.kernel_key(launch) not in kernels)
+        kernels |= compile_plan(replace(plan, launches=new), arch)
+    return kernels
 
 
 def self_test(reference: Predictions) -> bytes:

@@ -1,12 +1,12 @@
 """What an engine builder does with `graphs/plugin.onnx`, the fp16 graph whose decoder the TensorRT plugin can do.
 
-The decoder is one node `omniad.OmniDecoder`, a function of the model made of `omniad.OmniBlock` nodes, and these are
-a function of standard operators; so the file as it is runs in ONNX Runtime. TensorRT gets one of three readings of
-it, the same with every version of its parser: `without_functions` leaves the decoder to the plugin, `block_nodes`
-before it leaves each Omni-block to it, and `inlined` leaves it nothing.
+The decoder is one node `omniad.OmniDecoder`, a function of the model made of `omniad.OmniBlock` nodes, and those
+are a function of standard operators; so the file as it is runs in ONNX Runtime. TensorRT gets one of three
+readings of it, the same with every version of its parser: `without_functions` leaves the decoder to the plugin,
+`block_nodes` before it leaves each Omni-block to it, and `inlined` leaves it nothing.
 
-A node's inputs are x (N, positions, C) and its plan's weight buffers, in their order and packed as there; its outputs
-are the plan's (N, positions, C), finest first. The plugin reads these attributes:
+A node's inputs are x (N, positions, C) and its plan's weight buffers, in their order and packed as there; its
+outputs are the plan's (N, positions, C), finest first. The plugin reads these attributes:
 
     plan          JSON of the plan for one image, see `kernels/plan.py`
     arch          of the GPU, like "sm_87"; with the two below, put in by `with_kernels`
@@ -28,7 +28,7 @@ DECODER, BLOCK = "OmniDecoder", "OmniBlock"
 
 
 def without_functions(model: ModelProto) -> ModelProto:
-    """For an engine with the plugin: its nodes alone, which a parser before TensorRT 10.7 would else not give it."""
+    """For an engine with the plugin. Before TensorRT 10.7 the parser would prefer the functions to it."""
     made = copy(model)
     del made.functions[:]
     return made
@@ -72,7 +72,9 @@ def kernels_of(
     index, code = {}, bytearray()
     for key in dict.fromkeys(plan.kernel_key(launch) for launch in plan.launches):
         if key not in kernel_index:
-            raise ExportError(f"the bundle's kernels for {arch} are not those of its plugin graph; export it again")
+            raise ExportError(
+                f"the bundle's kernels for {arch} are not those of its plugin graph; export it again"
+            )
         entry = kernel_index[key]
         index[key] = entry | {"offset": len(code)}
         code += kernels[entry["offset"] : entry["offset"] + entry["bytes"]]

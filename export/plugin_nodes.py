@@ -1,8 +1,8 @@
 """The folded network as `graphs/plugin.onnx`: see `plugin_graph.py` for what is in it.
 
-The graph packs a node's weights out of the arrays that all graphs share, so nothing is stored twice; an engine does
-that once, while it is built. Inside of the functions the same definition of inference as everywhere takes them apart
-again.
+The graph packs a node's weights out of the arrays that all graphs share, so nothing is stored twice; an engine
+does that once, while it is built. The functions take each array out again: their bodies are the same definition of
+inference as that of every graph.
 """
 
 import json
@@ -123,7 +123,7 @@ class BodyOps(OnnxOps):
         return helper.make_function(DOMAIN, op, inputs, made, self.nodes, opsets, parameters)
 
     def constant(self, value, dtype=np.float32) -> Value:
-        """A node: functions have no initializers. Equal ones are not shared, as in another block they may differ."""
+        """A node: a function has no initializers. Equal ones are not shared, they may differ in another block."""
         array, name = np.asarray(value, dtype=dtype), f"constant_{len(self.nodes)}"
         self.nodes.append(helper.make_node("Constant", [], [name], name, value=numpy_helper.from_array(array)))
         return Value(name, helper.np_dtype_to_tensor_dtype(array.dtype))
@@ -131,7 +131,7 @@ class BodyOps(OnnxOps):
     def weight(self, value: Array, type: int) -> Value:
         name = self.names[id(value)]
         if name.endswith(".constant"):
-            return self.constant(0)  # the tokens' is in their bias
+            return self.constant(0)  # see `pointwise`
         x, recipe, place = self.packed[name]
         if recipe in ("stack", "half_bias"):
             x = self.part(x, place, 2, axis=0)
@@ -151,6 +151,7 @@ class BodyOps(OnnxOps):
         name = self.names[id(weight)]
         if name not in self.token_bias:
             return super().pointwise(x, weight, bias)
+        # Of tokens; their bias also has what the attention would add to them before.
         return self.emit("Add", super().pointwise(x, weight), self.part(*self.token_bias[name], axis=1))
 
 
@@ -182,7 +183,7 @@ def decoder_functions(network: Network, plan: Plan, half: bool) -> tuple[list[Fu
 
 
 def generalise(bodies: Sequence[Sequence[NodeProto]]) -> list[dict]:
-    """Makes the first body that of all blocks: an attribute that differs becomes a parameter. -> values, by block."""
+    """Makes the first body that of all: attributes that differ become parameters. -> each block's values."""
     parameters, names = [{} for _ in bodies], {}
     for nodes in zip(*bodies, strict=True):
         for attributes in zip(*(node.attribute for node in nodes), strict=True):

@@ -1,9 +1,10 @@
 """Parts of the network as plans of their own, for a TensorRT engine that leaves them to our kernels.
 
-Each reads a feature map "x" (N, height * width, channels) and writes such maps; its weights are the buffers of kind
-"weight". The kernels are those of the whole network's plan.
+Each reads a feature map "x" (N, height * width, channels) and writes such maps. The kernels are nearly all those
+of the whole network's plan.
 """
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 from .fold import Network
@@ -29,6 +30,13 @@ def block_plan(network: Network, stage: int, block: int, batch: int = 1, half: b
     x = given(r, network, stage)
     made = omni_block(r, network.stages[stage][block], x, network.tokens)
     return kept(r, [made]).plan(x.height, x.width)
+
+
+def plugin_plans(network: Network) -> Iterator[Plan]:
+    """Of all parts that an engine may leave to the kernels. Raises ExportError as `decoder_plan` does."""
+    yield decoder_plan(network)
+    for stage, blocks in enumerate(network.stages):
+        yield from (block_plan(network, stage, block) for block in range(len(blocks)))
 
 
 def given(r: Recorder, network: Network, stage: int) -> Map:
