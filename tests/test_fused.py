@@ -5,16 +5,18 @@ import json
 from typing import ClassVar
 
 import numpy as np
+import onnx
 import pytest
 
 pytest.importorskip("triton", reason="the kernels need Triton: pip install 'omniad-edge[kernels]'")
 
 from omniad_edge import Detector, fused
 from omniad_edge.bundle import Bundle, read_bundle, write_bundle
-from omniad_edge.engine import open_engine
+from omniad_edge.engine import OnnxRuntimeEngine, open_engine
 from omniad_edge.errors import BundleError, EngineError, ExportError, InputError
 from omniad_edge.export import fused_parts as parts_module
 from omniad_edge.export.bundle_export import export_bundle
+from omniad_edge.export.plugin_graph import block_nodes, with_kernels
 from omniad_edge.image import check_frame
 from omniad_edge.kernels.plan import Kernel
 from omniad_edge.preprocess import resize
@@ -95,6 +97,17 @@ def test_the_parts(bundle):
     code = bundle.parts["fused/sm_87.bin"]
     assert index["arch"] == "sm_87" and index["versions"]["triton"]
     assert all(key in str(code[e["offset"] :][: e["bytes"]]) for key, e in index["kernels"].items())
+
+
+def test_the_graph_for_tensorrt_has_its_weights_and_kernels(bundle):
+    model = onnx.load_from_string(bundle.onnx("plugin"))
+    index, code = json.loads(bundle.parts["fused/sm_87.json"])["kernels"], bundle.parts["fused/sm_87.bin"]
+    for read in (model, block_nodes(model)):
+        nodes = [node for node in with_kernels(read, "sm_87", index, code).graph.node if node.domain == "omniad"]
+        assert len(nodes) == (1 if read is model else 4)
+    test = self_test_of(bundle)
+    maps, _ = OnnxRuntimeEngine(model.SerializeToString()).run(test["pixels"])
+    assert np.abs(maps - test["anomaly_map"]).max() <= fused.MAX_MAP_ERROR
 
 
 def test_it_is_chosen_where_it_can_run(bundle, gpu):
