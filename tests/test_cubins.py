@@ -17,15 +17,18 @@ ARCHITECTURES = [pytest.param(a, marks=[] if a in (87, 90) else pytest.mark.slow
 COMPILE = """
 import json, sys
 sys.path.insert(0, "tests")
-from omniad_edge.export.cubins import PDL_FROM, compile_plan
+from omniad_edge.export.fused_parts import compile_plans
 from omniad_edge.kernels.fold import fold
 from omniad_edge.kernels.network_plan import build_plan
+from omniad_edge.kernels.plugin_plan import plugin_plans
 from omniad_edge.model import ModelConfig, OmniAD
 
 arch = int(sys.argv[1])
-plan = build_plan(fold(OmniAD(ModelConfig())), batch=1)
-kernels = dict(compile_plan(plan, arch))
-assert set(kernels) == {plan.kernel_key(launch) for launch in plan.all_launches}
+network = fold(OmniAD(ModelConfig()))
+plan = build_plan(network, batch=1)
+plans = (plan, *plugin_plans(network))
+kernels = compile_plans(plans, arch)
+assert set(kernels) == {plan.kernel_key(launch) for plan in plans for launch in plan.all_launches}
 assert plan.front.calls[0].op == "resize.resize" and plan.front not in plan.launches
 rows = [[k.name, len(k.cubin), k.shared_bytes, k.num_warps, k.cubin[:4].hex()] for k in kernels.values()]
 print(json.dumps(rows))
