@@ -22,7 +22,7 @@ from omniad_edge.export.plugin_nodes import build_plugin_graph
 from omniad_edge.kernels.fold import fold
 from omniad_edge.kernels.pack import RECIPES, pack
 from omniad_edge.kernels.plugin_plan import block_plan, decoder_plan, plugin_plans
-from omniad_edge.model import ATTENTION_OUTPUTS
+from omniad_edge.model import BRANCHES
 from omniad_edge.onnx_weights import read_weights
 
 READINGS = {"as it is": lambda model: model, "blocks": block_nodes, "inlined": inlined}
@@ -57,9 +57,9 @@ def attributes(node: onnx.NodeProto) -> dict:
 @pytest.mark.parametrize(
     "sizes",
     [
-        *({"branches": branches} for branches in ("local", "global")),
-        *({"tokens": tokens} for tokens in (16, 36)),
-        *({"attention_output": output} for output in ATTENTION_OUTPUTS),
+        *({"branches": branches} for branches in BRANCHES),
+        {"tokens": 16, "attention_output": "mlp"},
+        {"tokens": 36, "attention_output": "none"},
     ],
     ids=str,
 )
