@@ -133,6 +133,13 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("bundle", type=Path, nargs="?", help="also whether it can run here; exit code 1 if not")
     sub.add_argument("--json", action="store_true", help="print it as JSON")
 
+    sub = command("triton-repository", triton_repository, "write a bundle as a model repository of Triton")
+    sub.add_argument("bundle", type=Path)
+    sub.add_argument("--out", type=Path, required=True, help="folder to write, new or empty")
+    network = sub.add_mutually_exclusive_group()
+    network.add_argument("--gpu", action="store_true", help="the server has an NVIDIA GPU: use the fp16 graph")
+    network.add_argument("--plan", type=Path, help="use this TensorRT plan, built on that very server")
+
     sub = command("pretrain", pretrain, "train a backbone on procedural pictures")
     sub.add_argument("--out", type=Path, required=True, help="weights file to write, .safetensors")
     sub.add_argument("--backbone", choices=BACKBONES, default="resnet18", help="which one")
@@ -347,6 +354,13 @@ def doctor(options: argparse.Namespace) -> int:
     from .doctor import run_doctor
 
     return run_doctor(options.bundle, options.json)
+
+
+def triton_repository(options: argparse.Namespace) -> None:
+    from .export.triton_repository import write_triton_repository
+
+    model, network = write_triton_repository(options.bundle, options.out, options.gpu, options.plan)
+    print(f"{options.out}: ask the model {model}; its network is {network}")
 
 
 def pretrain(options: argparse.Namespace) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 
 from .bundle import read_bundle
 from .cameras.sources import open_source
-from .engine import open_engine
+from .engine import Engine, open_engine
 from .errors import InputError
 from .frame import EndOfSource, Source
 from .image import FrameArray
@@ -26,6 +26,7 @@ class Detector:
     backend:   "fused" (an NVIDIA GPU), "onnxruntime", "openvino" or "auto"; `reason` says why auto chose it
     precision: "fp16" (fused), "fp32", "bf16" (OpenVINO, only if the bundle passed the gate in it) or "auto"
     threads:   CPU threads of the engine; None leaves it to the backend
+    engine:    one that is open already, in place of one by backend, precision and threads
 
     The first, slow call of the engine is made here. Calls are thread-safe. Raises BundleError for a missing,
     damaged or too new bundle, EngineError or MissingDependencyError where the engine is not to be had.
@@ -37,12 +38,15 @@ class Detector:
         backend: str = "auto",
         precision: str = "auto",
         threads: int | None = None,
+        engine: Engine | None = None,
     ) -> None:
         contents = read_bundle(bundle)
         self.height, self.width = contents.height, contents.width
         self.calibrations = contents.products
-        self.engine = open_engine(contents, backend, precision, threads)
-        self.engine.run(np.zeros((1, self.height, self.width, 3), np.uint8))
+        if engine is None:
+            engine = open_engine(contents, backend, precision, threads)
+            engine.run(np.zeros((1, self.height, self.width, 3), np.uint8))
+        self.engine = engine
 
     @property
     def products(self) -> tuple[str, ...]:

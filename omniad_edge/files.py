@@ -1,11 +1,12 @@
-"""Files that are either the old one or the new one, never half of one; and their digests."""
+"""Files and folders that are either the old one or the new one, never half of one; and files' digests."""
 
 import hashlib
 import os
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from tempfile import NamedTemporaryFile
+from tempfile import NamedTemporaryFile, mkdtemp
 
 
 @contextmanager
@@ -24,14 +25,36 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         with part.open("rb+") as file:
             os.fsync(file.fileno())
         # NamedTemporaryFile makes the file private to its owner; give it the usual permissions instead.
-        umask = os.umask(0)
-        os.umask(umask)
-        part.chmod(0o666 & ~umask)
+        part.chmod(0o666 & ~current_umask())
         part.replace(path)
     except BaseException:
         with suppress(FileNotFoundError):
             part.unlink()
         raise
+
+
+@contextmanager
+def atomic_folder(path: str | Path) -> Iterator[Path]:
+    """Give a temporary folder beside `path`; on success it takes `path`'s place, on an error it is removed.
+
+    `path` may be an empty folder. Raises OSError if something else is there, or as the file system gives it.
+    """
+    path = Path(path).resolve()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = Path(mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part"))
+    try:
+        yield part
+        part.chmod(0o777 & ~current_umask())
+        part.rename(path)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+
+
+def current_umask() -> int:
+    umask = os.umask(0)
+    os.umask(umask)
+    return umask
 
 
 def file_sha256(path: str | Path) -> str:

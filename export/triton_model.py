@@ -1,0 +1,88 @@
+"""The model of a repository of `triton_repository` that takes frames and gives verdicts.
+
+Runs in NVIDIA Triton Inference Server, whose Python backend starts it in one process per instance: a Detector
+whose network is another model of the same server, which batches what the instances send it.
+"""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import triton_python_backend_utils as pb_utils  # the server brings it
+
+from ..detector import Detector
+from ..engine import CpuEngine
+from ..errors import EngineError, InputError, OmniADError
+from ..result import Result
+from .triton_repository import BUNDLE
+
+
+class ServedNetwork(CpuEngine):
+    """The network as a model of this server. Frames are resized here, as on every CPU.
+
+    model: name of the network's model; backend, precision: what computes it there
+    """
+
+    reason = "the model server's"
+
+    def __init__(self, model: str, backend: str, precision: str, height: int, width: int) -> None:
+        super().__init__(threads=1)
+        self.model, self.backend, self.precision = model, backend, precision
+        self.size = height, width
+
+    @property
+    def input_size(self) -> tuple[int, int]:
+        return self.size
+
+    def run(self, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        names = ["anomaly_map", "pred_score"]
+        request = pb_utils.InferenceRequest(
+            model_name=self.model,
+            requested_output_names=names,
+            inputs=[pb_utils.Tensor("pixels", pixels)],
+            preferred_memory=pb_utils.PreferredMemory(pb_utils.TRITONSERVER_MEMORY_CPU, 0),
+        )
+        response = request.exec()
+        if response.has_error():
+            raise EngineError(f"model {self.model} failed on pixels {pixels.shape}: {response.error().message()}")
+        maps, scores = (pb_utils.get_output_tensor_by_name(response, name).as_numpy() for name in names)
+        return maps, scores.reshape(-1)  # (N, 1): the server knows no scalars
+
+
+class TritonPythonModel:
+    """What the Python backend looks for: it calls `initialize` once, then `execute`."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        """args: what the server tells of this model, among it its folder and its config.pbtxt as JSON."""
+        config = json.loads(args["model_config"])
+        backend, precision = (config["parameters"][name]["string_value"] for name in ("backend", "precision"))
+        size = pb_utils.get_output_config_by_name(config, "anomaly_map")["dims"]
+        engine = ServedNetwork(args["model_name"] + "_network", backend, precision, *map(int, size))
+        self.detector = Detector(Path(args["model_repository"], args["model_version"], BUNDLE), engine=engine)
+
+    def execute(self, requests: list) -> list:
+        """One response a request: a verdict, or an error in words."""
+        return [self.answer(request) for request in requests]
+
+    def answer(self, request):
+        frame = pb_utils.get_input_tensor_by_name(request, "frame").as_numpy()
+        product = pb_utils.get_input_tensor_by_name(request, "product")
+        try:
+            name = None if product is None else product.as_numpy()[0].decode(errors="replace")
+            return pb_utils.InferenceResponse(tensors(self.detector(frame, name)))
+        except OmniADError as exc:
+            error = pb_utils.TritonError
+            code = error.INVALID_ARG if isinstance(exc, InputError) else error.INTERNAL
+            return pb_utils.InferenceResponse([], error(str(exc), code))
+
+
+def tensors(result: Result) -> list:
+    """The outputs of the model; `result` is `Result.to_dict` as JSON."""
+    values = {
+        "pred_label": np.array([result.pred_label], np.object_),
+        "pred_score": np.array([result.pred_score]),
+        "threshold": np.array([result.threshold]),
+        "anomaly_map": result.anomaly_map,
+        "result": np.array([json.dumps(result.to_dict())], np.object_),
+    }
+    return [pb_utils.Tensor(name, value) for name, value in values.items()]
