@@ -1,7 +1,7 @@
 """The model of a repository of `triton_repository` that takes frames and gives verdicts.
 
 Runs in NVIDIA Triton Inference Server, whose Python backend starts it in one process per instance: a Detector
-whose network is another model of the same server, which batches what the instances send it.
+whose network is another model of the same server.
 """
 
 import json
@@ -10,11 +10,12 @@ from pathlib import Path
 import numpy as np
 import triton_python_backend_utils as pb_utils  # the server brings it
 
+from ..bundle import read_bundle
 from ..detector import Detector
 from ..engine import CpuEngine
-from ..errors import EngineError, InputError, OmniADError
+from ..errors import BundleError, EngineError, InputError, OmniADError
 from ..result import Result
-from .triton_repository import BUNDLE
+from .triton_repository import BUNDLE, weights_sha256
 
 
 class ServedNetwork(CpuEngine):
@@ -55,10 +56,21 @@ class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         """args: what the server tells of this model, among it its folder and its config.pbtxt as JSON."""
         config = json.loads(args["model_config"])
-        backend, precision = (config["parameters"][name]["string_value"] for name in ("backend", "precision"))
-        size = pb_utils.get_output_config_by_name(config, "anomaly_map")["dims"]
-        engine = ServedNetwork(args["model_name"] + "_network", backend, precision, *map(int, size))
-        self.detector = Detector(Path(args["model_repository"], args["model_version"], BUNDLE), engine=engine)
+        fact = {name: value["string_value"] for name, value in config["parameters"].items()}
+        height, width = map(int, pb_utils.get_output_config_by_name(config, "anomaly_map")["dims"])
+        network = args["model_name"] + "_network"
+        self.engine = ServedNetwork(network, fact["backend"], fact["precision"], height, width)
+        self.bundle = Path(args["model_repository"], args["model_version"], BUNDLE)
+        self.weights_sha256 = fact["weights_sha256"]
+        self.read_thresholds()
+
+    def read_thresholds(self) -> None:
+        changed_ns = self.bundle.stat().st_mtime_ns  # before reading: a file replaced meanwhile is read once more
+        if weights_sha256(read_bundle(self.bundle)) != self.weights_sha256:
+            raise BundleError(
+                f"{self.bundle}: its network is not the one served here; write a new repository of it"
+            )
+        self.detector, self.changed_ns = Detector(self.bundle, engine=self.engine), changed_ns
 
     def execute(self, requests: list) -> list:
         """One response a request: a verdict, or an error in words."""
@@ -68,9 +80,13 @@ class TritonPythonModel:
         frame = pb_utils.get_input_tensor_by_name(request, "frame").as_numpy()
         product = pb_utils.get_input_tensor_by_name(request, "product")
         try:
+            # As `omniad calibrate` does it. The server could load this model again instead, but then requests wait
+            # for that: 9 s on two busy cores.
+            if self.bundle.stat().st_mtime_ns != self.changed_ns:
+                self.read_thresholds()
             name = None if product is None else product.as_numpy()[0].decode(errors="replace")
             return pb_utils.InferenceResponse(tensors(self.detector(frame, name)))
-        except OmniADError as exc:
+        except (OmniADError, OSError) as exc:
             error = pb_utils.TritonError
             code = error.INVALID_ARG if isinstance(exc, InputError) else error.INTERNAL
             return pb_utils.InferenceResponse([], error(str(exc), code))

@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 from string import Template
 
-from ..bundle import Bundle, read_bundle
+from ..bundle import WEIGHTS, Bundle, read_bundle
 from ..errors import ExportError, InputError
 from ..files import atomic_folder, atomic_write
 
@@ -35,7 +35,8 @@ output [
 ]
 parameters [
   { key: "backend" value { string_value: "$backend" } },
-  { key: "precision" value { string_value: "$precision" } }
+  { key: "precision" value { string_value: "$precision" } },
+  { key: "weights_sha256" value { string_value: "$weights_sha256" } }
 ]
 instance_group [ { kind: KIND_CPU count: $batch } ]  # a process each, with one frame under way
 """)
@@ -87,6 +88,7 @@ def write_triton_repository(
     network = network_file(contents, gpu, plan)
     name = "omniad_" + re.sub("[^A-Za-z0-9_]", "_", bundle.stem)
     facts = {"name": name, "height": contents.height, "width": contents.width, "batch": BATCH}
+    facts["weights_sha256"] = weights_sha256(contents)
     facts["backend"] = "tensorrt" if plan else "onnxruntime"
     facts["platform"] = "tensorrt_plan" if plan else "onnxruntime_onnx"
     facts["kind"] = "KIND_GPU" if gpu or plan else "KIND_CPU"
@@ -117,3 +119,7 @@ def network_file(contents: Bundle, gpu: bool, plan: str | Path | None) -> bytes:
     if gpu and contents.precision != "fp16":
         raise ExportError("this bundle has no fp16 graph for the GPU: export it with --fp16")
     return contents.onnx("fp16" if gpu else "cpu")
+
+
+def weights_sha256(contents: Bundle) -> str:
+    return contents.manifest["parts"][WEIGHTS]["sha256"]

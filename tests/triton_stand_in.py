@@ -74,7 +74,10 @@ class TritonStandIn:
         self.run = lambda pixels: session.run(["anomaly_map", "pred_score"], {"pixels": pixels})
         monkeypatch.setitem(sys.modules, "triton_python_backend_utils", self.backend_utils())
         monkeypatch.delitem(sys.modules, "omniad_edge.export.triton_model", raising=False)
-        self.load()
+        config = MessageToJson(self.configs[self.name], preserving_proto_field_name=True)
+        self.model = runpy.run_path(str(self.folder / "1" / "model.py"))["TritonPythonModel"]()
+        place = {"model_repository": str(self.folder), "model_version": "1", "model_name": self.name}
+        self.model.initialize(place | {"model_config": config})
 
     def backend_utils(self) -> ModuleType:
         module = ModuleType("triton_python_backend_utils")
@@ -86,13 +89,6 @@ class TritonStandIn:
         module.get_output_config_by_name = lambda config, name: {o["name"]: o for o in config["output"]}[name]
         module.InferenceRequest = lambda **fields: SimpleNamespace(exec=lambda: self.ask_network(**fields))
         return module
-
-    def load(self) -> None:
-        """Start the Python model, or start it again."""
-        config = MessageToJson(self.configs[self.name], preserving_proto_field_name=True)
-        self.model = runpy.run_path(str(self.folder / "1" / "model.py"))["TritonPythonModel"]()
-        place = {"model_repository": str(self.folder), "model_version": "1", "model_name": self.name}
-        self.model.initialize(place | {"model_config": config})
 
     def ask(self, **inputs: np.ndarray) -> dict[str, np.ndarray]:
         """What a client gets. Raises Refused."""
