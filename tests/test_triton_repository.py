@@ -45,15 +45,28 @@ def bundle(small_run, small_bundle, tmp_path_factory) -> Path:
     return path
 
 
-@pytest.fixture
-def models(bundle, tmp_path) -> Path:
-    write_triton_repository(bundle, tmp_path / "models")
-    return tmp_path / "models"
+@pytest.fixture(scope="module")
+def models(bundle, tmp_path_factory) -> Path:
+    """A repository for CPUs; do not change it."""
+    folder = tmp_path_factory.mktemp("serving") / "models"
+    write_triton_repository(bundle, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def started(models):
+    with pytest.MonkeyPatch.context() as patch:
+        yield TritonStandIn(models, patch)
 
 
 @pytest.fixture
-def server(models, monkeypatch) -> TritonStandIn:
-    return TritonStandIn(models, monkeypatch)
+def server(started):
+    """A TritonStandIn of `models`, whose copy of the bundle and network are put back after the test."""
+    copy, run = started.folder / "1" / "line.omniad", started.run
+    whole = copy.read_bytes()
+    yield started
+    copy.write_bytes(whole)
+    started.run = run
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +147,7 @@ def test_the_repository_of_a_tensorrt_plan(bundle, tmp_path):
 
 
 def test_what_is_refused_leaves_nothing(bundle, small_bundle, models, tmp_path):
-    before = sorted(tmp_path.rglob("*"))
+    before = sorted(models.parent.rglob("*"))
     with pytest.raises(ExportError, match="expected a new or an empty folder"):
         write_triton_repository(bundle, models)
     with pytest.raises(ExportError, match="expected a new or an empty folder"):
@@ -145,7 +158,7 @@ def test_what_is_refused_leaves_nothing(bundle, small_bundle, models, tmp_path):
         write_triton_repository(bundle, tmp_path / "new", plan=tmp_path / "missing.plan")
     with pytest.raises(BundleError, match="does not exist"):
         write_triton_repository(tmp_path / "missing.omniad", tmp_path / "new")
-    assert sorted(tmp_path.rglob("*")) == before
+    assert sorted(models.parent.rglob("*")) == before and list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_appears_as_a_whole_or_not_at_all(tmp_path):
@@ -296,10 +309,12 @@ def infer(url: str, frame: np.ndarray, product: str) -> dict[str, list]:
 
 
 @pytest.fixture
-def running(models):
-    """(address, whether the network runs in the server's own ONNX Runtime)."""
+def running(bundle, tmp_path):
+    """(address, repository, whether the network runs in the server's own ONNX Runtime)."""
     if not shutil.which("tritonserver"):
         pytest.skip("no tritonserver on the PATH")
+    models = tmp_path / "models"
+    write_triton_repository(bundle, models)
     network = models / "omniad_line_3_network"
     own = Path("/opt/tritonserver/backends/onnxruntime").is_dir()
     if not own:
@@ -309,15 +324,13 @@ def running(models):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = ["tritonserver", f"--model-repository={models}", f"--http-port={port}", "--allow-grpc=false"]
-    command += ["--allow-metrics=false"]
-    with (
-        (models.parent / "server.log").open("wb") as log,
-        subprocess.Popen(command, stdout=log, stderr=log) as server,
-    ):
+    url, log = f"http://127.0.0.1:{port}", tmp_path / "server.log"
+    command = ["tritonserver", f"--model-repository={models}", f"--http-port={port}"]
+    command += ["--allow-grpc=false", "--allow-metrics=false"]
+    with log.open("wb") as file, subprocess.Popen(command, stdout=file, stderr=file) as server:
         try:
-            wait_until_ready(f"http://127.0.0.1:{port}", server, models.parent / "server.log")
-            yield f"http://127.0.0.1:{port}", own
+            wait_until_ready(url, server, log)
+            yield url, models, own
         finally:
             server.terminate()
 
@@ -334,8 +347,8 @@ def wait_until_ready(url: str, server: subprocess.Popen, log: Path) -> None:
 
 
 @pytest.mark.slow
-def test_in_a_running_server(running, models, bundle, frames):
-    (url, own), detector = running, Detector(bundle, "onnxruntime")
+def test_in_a_running_server(running, bundle, frames):
+    (url, models, own), detector = running, Detector(bundle, "onnxruntime")
     with ThreadPoolExecutor(8) as pool:
         answers = list(pool.map(lambda frame: infer(url, frame, "board"), frames * 2))
     for frame, answer in zip(frames * 2, answers, strict=True):
