@@ -327,7 +327,8 @@ def running(bundle, tmp_path):
     url, log = f"http://127.0.0.1:{port}", tmp_path / "server.log"
     command = ["tritonserver", f"--model-repository={models}", f"--http-port={port}"]
     command += ["--allow-grpc=false", "--allow-metrics=false"]
-    with log.open("wb") as file, subprocess.Popen(command, stdout=file, stderr=file) as server:
+    # Elsewhere, as the server's Python would find omniad_edge/ here ahead of the installed package.
+    with log.open("wb") as file, subprocess.Popen(command, stdout=file, stderr=file, cwd=tmp_path) as server:
         try:
             wait_until_ready(url, server, log)
             yield url, models, own
@@ -343,7 +344,7 @@ def wait_until_ready(url: str, server: subprocess.Popen, log: Path) -> None:
             return
         except OSError:
             time.sleep(0.2)
-    pytest.fail(log.read_text(errors="replace")[-3000:])
+    pytest.fail(log.read_text(errors="replace"))
 
 
 @pytest.mark.slow
