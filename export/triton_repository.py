@@ -59,9 +59,19 @@ $warmup
 """)
 # On a CPU a batch of 8 takes 8 % less time a frame than one by one (the demo's network, one core of an EPYC), but
 # its frames wait for each other, and their neighbours change the last bits of a map.
-CPU_BATCHING = "max_batch_size: 1"
-GPU_BATCHING = f"max_batch_size: {BATCH}\ndynamic_batching {{ }}"
-PLAN_BATCHING = "# The server reads max_batch_size from the plan; if it is above 1, it batches what is waiting."
+ON_CPU = {
+    "backend": "onnxruntime",
+    "platform": "onnxruntime_onnx",
+    "kind": "KIND_CPU",
+    "batching": "max_batch_size: 1",
+}
+ON_GPU = ON_CPU | {"kind": "KIND_GPU", "batching": f"max_batch_size: {BATCH}\ndynamic_batching {{ }}"}
+PLAN = {
+    "backend": "tensorrt",
+    "platform": "tensorrt_plan",
+    "kind": "KIND_GPU",
+    "batching": "# The server reads max_batch_size from the plan; if it is above 1, it batches what is waiting.",
+}
 WARMUP = Template("""\
   {
     name: "batch_$batch" batch_size: $batch
@@ -87,15 +97,12 @@ def write_triton_repository(
     contents = read_bundle(bundle)
     network = network_file(contents, gpu, plan)
     name = "omniad_" + re.sub("[^A-Za-z0-9_]", "_", bundle.stem)
-    facts = {"name": name, "height": contents.height, "width": contents.width, "batch": BATCH}
+    facts = PLAN if plan else ON_GPU if gpu else ON_CPU
+    facts = facts | {"name": name, "height": contents.height, "width": contents.width, "batch": BATCH}
+    facts["precision"] = "fp32" if facts["kind"] == "KIND_CPU" else contents.precision
     facts["weights_sha256"] = weights_sha256(contents)
-    facts["backend"] = "tensorrt" if plan else "onnxruntime"
-    facts["platform"] = "tensorrt_plan" if plan else "onnxruntime_onnx"
-    facts["kind"] = "KIND_GPU" if gpu or plan else "KIND_CPU"
-    facts["precision"] = contents.precision if gpu or plan else "fp32"
-    facts["batching"] = PLAN_BATCHING if plan else GPU_BATCHING if gpu else CPU_BATCHING
     # ONNX Runtime on a GPU tunes its convolutions for every batch size it meets, the first time.
-    sizes = range(1, BATCH + 1) if gpu else [1]
+    sizes = range(1, BATCH + 1) if gpu and not plan else [1]
     facts["warmup"] = ",\n".join(WARMUP.substitute(facts, batch=size) for size in sizes)
     files = {
         f"{name}/config.pbtxt": DETECTOR.substitute(facts).encode(),
