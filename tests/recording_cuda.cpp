@@ -53,6 +53,26 @@ EXPORT int cuGetErrorName(int status, const char **name) {
     return found == names.end() ? 1 : 0;
 }
 
+EXPORT int cuCtxGetCurrent(CudaContext *context) {
+    ENTER("cuCtxGetCurrent", false)
+    *context = reinterpret_cast<CudaContext>(contexts.empty() ? 0 : contexts.back());
+    return 0;
+}
+
+EXPORT int cuCtxGetDevice(CudaDevice *device) {
+    ENTER("cuCtxGetDevice")
+    *device = 0;
+    return 0;
+}
+
+EXPORT int cuCtxSynchronize() {
+    ENTER("cuCtxSynchronize")
+    for (auto &[stream, works] : state().queues) {
+        drain(stream);
+    }
+    return 0;
+}
+
 EXPORT int cuDeviceGet(CudaDevice *device, int ordinal) {
     ENTER("cuDeviceGet", false)
     *device = ordinal;
