@@ -246,7 +246,13 @@ def test_everything_is_freed_in_reverse(native, tiny):
     freeing = names(calls)[-names(calls)[::-1].index("cuCtxPushCurrent") :]
     assert freeing == [
         *("cuGraphExecDestroy", "cuStreamSynchronize", "cuEventDestroy", "cuEventDestroy", "cuMemFreeHost"),
-        *("cuEventDestroy", "cuStreamDestroy", "cuMemFree", *["cuModuleUnload"] * len(unloaded), "cuCtxPopCurrent"),
+        *(
+            "cuEventDestroy",
+            "cuStreamDestroy",
+            "cuMemFree",
+            *["cuModuleUnload"] * len(unloaded),
+            "cuCtxPopCurrent",
+        ),
         "cuDevicePrimaryCtxRelease",
     ]
 
@@ -314,7 +320,10 @@ def test_misuse_is_refused_with_words(native, tiny):
         *("1 pixels, anomaly_map, peaks: expected addresses", "1 images: expected 1 or 3; got -1"),
         *("1 frame: .* at no address", "1 frame: .* 0 rows", "1 frame: .* 2 bytes apart"),
         *("1 frame: expected less than 2 GiB", "1 frame: .*512 a side are the limit"),
-        *("1 frame: expected BGR rows", "1 frame: expected rows that follow each other on the GPU, .* 4 bytes apart"),
+        *(
+            "1 frame: expected BGR rows",
+            "1 frame: expected rows that follow each other on the GPU, .* 4 bytes apart",
+        ),
         *("1 frame: expected a place of omniad_place, got 4", "1 frames: expected 1 or 3; got 0", "0 ", "0 "),
     ]
     for line, words in zip(made.stdout.splitlines(), wanted, strict=True):
