@@ -83,7 +83,7 @@ def readable_frame(frame: FrameArray, device: int, stream: int) -> np.ndarray | 
 
     Raises InputError as `check_frame` does, and for an array on another GPU.
     """
-    array = device_array(frame, "frame", device, stream)
+    array = None if isinstance(frame, np.ndarray) else device_array(frame, "frame", device, stream)
     if array is None:
         check_frame(frame)
         return frame
