@@ -268,6 +268,8 @@ int main(int count, char **words) {
     words += 2, count -= 2;
     if (verb == "version") {
         std::puts(omniad_version());
+    } else if (verb == "layout") {
+        std::printf("%zu %zu %zu\n", sizeof(omniad_part), sizeof(omniad_info), sizeof(omniad_frame));
     } else if (verb == "open") {
         for (int i = 0; i < count; ++i) {
             omniad_runtime *runtime;

@@ -1,4 +1,7 @@
 // A stand-in for libcuda.so.1: the functions of the driver that the native runtime calls.
+#include <chrono>
+#include <thread>
+
 #include "recording_cuda.h"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
@@ -29,6 +32,11 @@ EXPORT const char *stand_in_name(int call) {
 // Memory of the test program's that counts as the GPU's.
 EXPORT void stand_in_lend(void *memory, size_t bytes) {
     state().device[number(memory)] = bytes;
+}
+
+// How long whoever waits for a stream waits at least.
+EXPORT void stand_in_delay(int ms) {
+    state().delayMs = ms;
 }
 
 EXPORT int stand_in_alive() {
@@ -240,7 +248,9 @@ EXPORT int cuStreamCreate(CudaStream *stream, unsigned int flags) {
 }
 
 GIVES_BACK(cuStreamDestroy_v2, "cuStreamDestroy", CudaStream, drop(number(handle), "stream"))
-GIVES_BACK(cuStreamSynchronize, "cuStreamSynchronize", CudaStream, drain(number(handle)))
+GIVES_BACK(cuStreamSynchronize, "cuStreamSynchronize", CudaStream,
+           std::this_thread::sleep_for(std::chrono::milliseconds(state().delayMs));
+           drain(number(handle)))
 
 EXPORT int cuStreamWaitEvent(CudaStream stream, CudaEvent event, unsigned int) {
     ENTER("cuStreamWaitEvent")
