@@ -239,7 +239,13 @@ def latency(bench: Bench, args: argparse.Namespace) -> dict:
         del cases
         torch.cuda.empty_cache()
     frames = [frame_to_score(bench, args, on_gpu) for on_gpu in (True, False)]
-    made = {"latency": rows, "frames": frames, "paced": paced(bench), "energy": energy(bench), "left_out": left_out}
+    made = {
+        "latency": rows,
+        "frames": frames,
+        "paced": paced(bench),
+        "energy": energy(bench),
+        "left_out": left_out,
+    }
     if absent := why_absent():
         left_out.append(f"native runtime: {absent}")
         return made

@@ -25,14 +25,14 @@ trap 'rm -rf "$links"' EXIT
 mkdir "$links/omniad_edge"
 ln -s "$PWD"/omniad_edge/* "$links/omniad_edge/"
 ln -s "$PWD/kernels" "$PWD/export" "$links/omniad_edge/"
-rm -f "$links/omniad_edge/libomniad_runtime.so"
-if command -v cmake >/dev/null && cmake -S . -B "$links/native" >/dev/null && cmake --build "$links/native" -j >/dev/null; then
-  ln -s "$links/native/libomniad_runtime.so" "$links/omniad_edge/"
-fi
 export PYTHONPATH="$links" PYTHONDONTWRITEBYTECODE=1
 export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$links/triton}
 mkdir -p "$out"
 gpu=$(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | head -n 1 | tr ' A-Z' '-a-z')
+rm -f "$links/omniad_edge/libomniad_runtime.so"
+if [ -n "$gpu" ] && command -v cmake >/dev/null && cmake -S . -B "$links/native" >/dev/null && cmake --build "$links/native" -j >/dev/null; then
+  ln -s "$links/native/libomniad_runtime.so" "$links/omniad_edge/"
+fi
 
 failed=()
 for part in ${only//,/ }; do

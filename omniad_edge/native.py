@@ -13,14 +13,14 @@ from time import perf_counter
 import numpy as np
 
 from .cuda_array import NOT_WAITING, UNKNOWN_STREAM, DeviceArray
-from .errors import BundleError, EngineError, InputError
+from .errors import BundleError, EngineError, EngineLostError, InputError
 from .image import FrameArray, readable_frame
 
 LIBRARY = Path(__file__).with_name("libomniad_runtime.so")
 ABI = 2  # of the omniad.h that this module follows
 CALLERS_DEVICE = -1
 HOST, GPU, GPU_AFTER_STREAM, GPU_AFTER_ALL = range(4)
-ERRORS = {1: InputError, 2: BundleError}  # of a status; any other is an EngineError
+ERRORS = {1: InputError, 2: BundleError, 6: EngineLostError}  # of a status; any other is an EngineError
 POINTER, INT = ctypes.c_void_p, ctypes.c_int
 FUNCTIONS = {
     "omniad_get_architecture": (INT, POINTER),

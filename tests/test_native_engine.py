@@ -185,7 +185,7 @@ def test_other_threads_run_while_one_waits_for_the_gpu(native, tiny):
 
 
 def test_errors_are_of_our_tree_with_the_words_of_the_library(native, tiny):
-    lost = "EngineError: cuMemcpyHtoDAsync: CUDA_ERROR_ILLEGAL_ADDRESS: the GPU failed.*start the process anew"
+    lost = "EngineLostError: cuMemcpyHtoDAsync: CUDA_ERROR_ILLEGAL_ADDRESS: the GPU failed.*start the process anew"
     wanted = [
         r"InputError: pixels: expected uint8 \(32, 32, 32, 3\); got uint8 \(32, 32, 3\)",
         r"InputError: pixels: expected uint8 \(1, 32, 32, 3\); got float32",

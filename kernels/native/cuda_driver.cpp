@@ -116,7 +116,7 @@ int Driver::attribute(int key, CudaDevice device) {
 
 void Driver::checkNotLost() const {
     if (!mLost.empty()) {
-        throw Error(Status::kENGINE, mLost);
+        throw Error(Status::kLOST, mLost);
     }
 }
 
@@ -125,6 +125,7 @@ void Driver::fail(const char *function, int status) {
     std::string said = text(documented(function), ": ", nameOf(api, status), ": ", words(meaning));
     if (meaning == Meaning::kSTICKY) {
         mLost = said;
+        checkNotLost();
     }
     throw Error(Status::kENGINE, said);
 }

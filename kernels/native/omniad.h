@@ -29,6 +29,7 @@ typedef enum omniad_status {
     OMNIAD_ENGINE_ERROR = 3,   /* no GPU, no driver, no kernels for this GPU, or the GPU failed */
     OMNIAD_MEMORY_ERROR = 4,   /* the host has too little memory */
     OMNIAD_INTERNAL_ERROR = 5, /* a mistake in this library */
+    OMNIAD_LOST_ERROR = 6,     /* the GPU or its context is lost for good: the process has to be started anew */
 } omniad_status;
 
 typedef struct omniad_runtime omniad_runtime;
