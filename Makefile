@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 
 .PHONY: demo test wheel-test lint clean
 
-$(VENV)/ready: pyproject.toml setup.py constraints-cpu.txt
+$(VENV)/ready: pyproject.toml setup.py constraints-cpu.txt CMakeLists.txt $(wildcard kernels/native/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints-cpu.txt -e ".[train,openvino,kernels,line,dev]"
 	touch $@
@@ -32,4 +32,4 @@ lint: $(VENV)/ready
 	$(BIN)/ruff check --fix . && $(BIN)/ruff format .
 
 clean:
-	rm -rf $(VENV) build demo *.egg-info
+	rm -rf $(VENV) build demo *.egg-info omniad_edge/*.so

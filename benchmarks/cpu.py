@@ -35,7 +35,6 @@ from paced import measure_paced
 
 from omniad_edge import Detector, fused
 from omniad_edge.bundle import Bundle, read_bundle
-from omniad_edge.cuda_graph import device_architecture
 from omniad_edge.engine import cpu_has_bf16, import_openvino, objection
 from omniad_edge.errors import InputError, MissingDependencyError, OmniADError
 from omniad_edge.files import atomic_write
@@ -220,7 +219,7 @@ def select_cases(files: dict[str, Path], only: list[str]) -> tuple[list[Case], l
 
 def fused_objection(bundle: Bundle) -> str:
     """Why the bundle's GPU kernels cannot run here; empty if they can."""
-    return fused.objection(bundle, device_architecture())
+    return fused.objection(bundle, fused.device_architecture())
 
 
 def unavailable(precision: str, bundle: Bundle | None) -> str:

@@ -3,9 +3,11 @@
     python benchmarks/gpu.py e2e latency --json benchmarks/results/gpu.json
 
 e2e      the plan by Triton's compiler and as compiled kernels in a CUDA graph, against the network in float64; the
-         same of an input four times as large; the parity gate on frames of a generated product line
+         same of an input four times as large; the native runtime beside the Python executor, to the bit; the
+         parity gate on frames of a generated product line
 latency  batch 1, 8, 32: engine alone (CUDA events) and pixels in to map and score out (wall clock), interleaved; a
-         1920x1080 frame in host memory to map and score, resized on the GPU and on the CPU; paced arrivals
+         1920x1080 frame in host memory to map and score, resized on the GPU and on the CPU; paced arrivals;
+         what a run costs the host beside the GPU's time, launched from C++ and from Python
 probes   what this GPU needs at least: to read each weight once, do each product once, start that many kernels
 Weights are seeded: latency does not depend on their values. With --run the parity gate takes a trained network and
 defective images too; an untrained one ranks them by chance, and near ties would decide.
@@ -36,13 +38,15 @@ from omniad_edge.errors import OmniADError
 from omniad_edge.evaluate import predict_images
 from omniad_edge.export.parity import compare
 from omniad_edge.files import atomic_write
-from omniad_edge.fused import MAX_MAP_ERROR
+from omniad_edge.fused import BATCHES as FUSED_BATCHES
+from omniad_edge.fused import MAX_MAP_ERROR, PDL_FROM
 from omniad_edge.kernels.fold import Network, named_arrays
 from omniad_edge.kernels.jit import JitPlan
 from omniad_edge.kernels.network import TorchOps, forward
 from omniad_edge.kernels.pack import pack
 from omniad_edge.kernels.schedule import for_batch
 from omniad_edge.model import ModelConfig
+from omniad_edge.native import why_absent
 from omniad_edge.preprocess import resize
 from omniad_edge.products import write_line
 from omniad_edge.weights import load_run
@@ -146,6 +150,11 @@ def end_to_end(bench: Bench) -> list[dict]:
         print_check(row)
     rows.append(four_times(bench))
     print_check(rows[-1])
+    if absent := why_absent():
+        print(f"e2e  native runtime: left out, {absent}")
+    else:
+        rows.append(native_beside_python(bench))
+        print_check(rows[-1])
     return rows
 
 
@@ -163,6 +172,22 @@ def four_times(bench: Bench) -> dict:
     maps, _ = outputs(bench.graph(8, True, pack(bench.plan, named_arrays(network))).run({"pixels": pixels}))
     error = float(np.abs(maps - float64_maps(network, pixels)).max())
     return {"case": "graph pdl, input times four", "map_error": error, "passed": error <= MAX_MAP_ERROR}
+
+
+def native_beside_python(bench: Bench) -> dict:
+    """Pixels, frames on the host, and frames on the GPU, in each batch size: the same bits."""
+    native, rng, same = bench.native(), np.random.default_rng(12), []
+    for batch in FUSED_BATCHES:
+        graph, pixels = bench.graph(batch, bench.arch >= PDL_FROM), bench.pixels(batch)
+        frames = [rng.integers(0, 256, (300 + 40 * index, 500, 3), np.uint8) for index in range(batch)]
+        of_pixels, of_frames = outputs(graph.run({"pixels": pixels})), outputs(graph.run_frames(frames)[0])
+        for ours, wanted in (
+            (native.run(pixels), of_pixels),
+            (native.run_frames(frames), of_frames),
+            (native.run_frames([torch.from_numpy(frame).cuda() for frame in frames]), of_frames),
+        ):
+            same += [bool((made == value).all()) for made, value in zip(ours, wanted, strict=False)]
+    return {"case": "native runtime", "same_bits_as_python": all(same), "passed": all(same)}
 
 
 def product_line(bench: Bench, labelled: bool) -> dict:
@@ -214,13 +239,42 @@ def latency(bench: Bench, args: argparse.Namespace) -> dict:
         del cases
         torch.cuda.empty_cache()
     frames = [frame_to_score(bench, args, on_gpu) for on_gpu in (True, False)]
-    return {
+    made = {
         "latency": rows,
         "frames": frames,
         "paced": paced(bench),
         "energy": energy(bench),
         "left_out": left_out,
     }
+    if absent := why_absent():
+        left_out.append(f"native runtime: {absent}")
+        return made
+    return made | {"launch": [launch_overhead(bench, args, batch) for batch in FUSED_BATCHES]}
+
+
+def launch_overhead(bench: Bench, args: argparse.Namespace, batch: int) -> dict:
+    """Pixels in to map and score out, less what the graph takes on the GPU: copies, launching, waiting.
+
+    From C++ and from Python in turn; both copy the same bytes, so their difference is the host's work alone.
+    """
+    graph, native, pixels = bench.graph(batch, bench.arch >= PDL_FROM), bench.native(), bench.pixels(batch)
+    runs = {"native": lambda: native.run(pixels), "python": lambda: outputs(graph.run({"pixels": pixels}))}
+    samples_us = {"graph": [], **{name: [] for name in runs}}
+    for index in range(-args.warm_up, args.samples):
+        random.Random(index).shuffle(order := list(runs))
+        taken_us = {"graph": 1e3 * graph.time_ms(1)}
+        for name in order:
+            start = perf_counter()
+            runs[name]()
+            taken_us[name] = 1e6 * (perf_counter() - start)
+        if index >= 0:
+            for name, value in taken_us.items():
+                samples_us[name].append(value)
+    p50_us = {name: float(np.median(values)) for name, values in samples_us.items()}
+    beside_us = {name: p50_us[name] - p50_us["graph"] for name in runs}
+    print(f"launch  batch {batch}: beside the GPU's {p50_us['graph']:.1f} us a run takes the host", end=" ")
+    print(", ".join(f"{value:.1f} us from {name}" for name, value in beside_us.items()))
+    return {"batch": batch, "p50_us": p50_us, "beside_the_gpu_us": beside_us, "samples_us": samples_us}
 
 
 def frame_to_score(bench: Bench, args: argparse.Namespace, on_gpu: bool) -> dict:

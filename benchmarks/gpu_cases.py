@@ -1,5 +1,6 @@
 """A network ready to be measured on a GPU, and the ways to compute it: ours, torch's, ONNX Runtime's."""
 
+import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -10,22 +11,26 @@ import torch
 from networks import export_plain, normalised
 
 from omniad_edge.anomaly_map import resample_matrix
+from omniad_edge.bundle import WEIGHTS
 from omniad_edge.cuda_graph import CudaGraphPlan
 from omniad_edge.errors import OmniADError
 from omniad_edge.export.cubins import compile_plan
+from omniad_edge.export.onnx_graph import weights_message
+from omniad_edge.fused import BATCHES, PLAN
 from omniad_edge.kernels.fold import fold, named_arrays
 from omniad_edge.kernels.jit import JitPlan
 from omniad_edge.kernels.network_plan import build_plan
 from omniad_edge.kernels.pack import pack
 from omniad_edge.kernels.schedule import for_batch
 from omniad_edge.model import OmniAD, normalise
+from omniad_edge.native import NativeExecutor
 
 
 class Bench:
     """A network, folded, as a plan, compiled for this GPU."""
 
     def __init__(self, arch: int, model: OmniAD) -> None:
-        self.model = model
+        self.arch, self.model = arch, model
         self.network = fold(self.model)
         self.plan = build_plan(self.network, batch=1)
         self.weights = pack(self.plan, named_arrays(self.network))
@@ -39,6 +44,17 @@ class Bench:
         plan = for_batch(self.plan, batch)
         kernels = [self.kernels[plan.kernel_key(launch)] for launch in plan.all_launches]
         return CudaGraphPlan(plan, kernels, weights or self.weights, pdl)
+
+    def native(self) -> NativeExecutor:
+        """The same kernels and weights in the native runtime, for the fused engine's batch sizes."""
+        code, index = b"", {}
+        for key, kernel in self.kernels.items():
+            index[key] = {"name": kernel.name, "offset": len(code), "bytes": len(kernel.cubin)}
+            index[key] |= {"shared_bytes": kernel.shared_bytes, "num_warps": kernel.num_warps}
+            code += kernel.cubin
+        parts = {PLAN: json.dumps(self.plan.to_dict()).encode(), f"fused/sm_{self.arch}.bin": code}
+        parts |= {f"fused/sm_{self.arch}.json": json.dumps({"kernels": index}).encode()}
+        return NativeExecutor(parts | {WEIGHTS: weights_message(named_arrays(self.network))}, BATCHES)
 
     def pixels(self, batch: int) -> np.ndarray:
         shape = (batch, self.plan.height, self.plan.width, 3)

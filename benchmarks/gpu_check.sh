@@ -2,7 +2,7 @@
 # Everything a GPU has to say about the fused engine, in one command, without a network and without installing:
 #     benchmarks/gpu_check.sh [--only kernels,e2e,latency,probes] [--out FOLDER]
 # Needs python3 with torch, Triton 3.6 or newer, cuda-bindings, onnx, onnxruntime, opencv, pillow, safetensors, rich, scipy,
-# hypothesis and pytest.
+# hypothesis and pytest. The native runtime is built anew where there are cmake and a C++ compiler; else it is left out.
 # Under 9 minutes; each part writes its own file to FOLDER (default: benchmarks/results) as soon as it is done.
 set -uo pipefail
 cd "$(dirname "$0")/.."
@@ -29,6 +29,10 @@ export PYTHONPATH="$links" PYTHONDONTWRITEBYTECODE=1
 export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$links/triton}
 mkdir -p "$out"
 gpu=$(nvidia-smi --query-gpu=name --format=csv,noheader 2>/dev/null | head -n 1 | tr ' A-Z' '-a-z')
+rm -f "$links/omniad_edge/libomniad_runtime.so"
+if [ -n "$gpu" ] && command -v cmake >/dev/null && cmake -S . -B "$links/native" >/dev/null && cmake --build "$links/native" -j >/dev/null; then
+  ln -s "$links/native/libomniad_runtime.so" "$links/omniad_edge/"
+fi
 
 failed=()
 for part in ${only//,/ }; do

@@ -1,15 +1,15 @@
-"""The CUDA driver through cuda-bindings: checked calls, a context for any thread, arrays that lie on the GPU."""
+"""The CUDA driver through cuda-bindings: checked calls, a context for any thread."""
 
 import ctypes
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from math import prod
 from typing import Any
 
 import numpy as np
 
-from .errors import EngineError, EngineLostError, InputError, MissingDependencyError, OmniADError
+from .cuda_array import UNKNOWN_STREAM, DeviceArray
+from .errors import EngineError, EngineLostError, MissingDependencyError, OmniADError
 
 # After these nothing in the CUDA context works any more.
 STICKY = (
@@ -48,10 +48,6 @@ MEANING = {
     "CUDA_ERROR_STUB_LIBRARY": "libcuda is the toolkit's stub; install the NVIDIA driver",
     "CUDA_ERROR_SYSTEM_DRIVER_MISMATCH": "the driver was updated while loaded; restart the machine",
 }
-# Of DLPack (dlpack.h): kinds of device that GPU copies may read, and NumPy's letters of its type codes.
-DLPACK_CUDA = (2, 13)  # memory of the device, managed memory
-DLPACK_KIND = {0: "i", 1: "u", 2: "f", 6: "b"}
-NOT_WAITING = -1  # as the stream in DLPack: only to look at the array, not at what is in it
 
 
 class Driver:
@@ -146,59 +142,11 @@ def device_architecture(api: Any = None) -> int | None:
     return major * 10 + minor
 
 
-@dataclass(frozen=True)
-class DeviceArray:
-    """An array of someone else that lies on the GPU, valid as long as `owner` is kept.
-
-    dtype:  of NumPy, or words for what NumPy does not have
-    stream: whose work writes it: a handle of the driver; None if there is nothing to wait for
-    """
-
-    address: int
-    shape: tuple[int, ...]
-    dtype: str
-    contiguous: bool
-    owner: Any
-    stream: int | None = None
-
-
-def is_on_gpu(value: Any) -> bool:
-    """Whether `device_array` gives an array for it."""
-    if hasattr(value, "__dlpack__") and value.__dlpack_device__()[0] in DLPACK_CUDA:
-        return True
-    return getattr(value, "__cuda_array_interface__", None) is not None
-
-
-def device_array(driver: Driver, value: Any, name: str, context: Context, stream: int) -> DeviceArray | None:
-    """A value with DLPack on a CUDA device or with __cuda_array_interface__; None if it is neither.
-
-    stream: that will read it, or NOT_WAITING
-    Raises InputError, with the argument's `name`, if the array lies on another device.
-    """
-    # DLPack first: its producer makes our stream wait. PyTorch's __cuda_array_interface__ names no stream.
-    if hasattr(value, "__dlpack__") and value.__dlpack_device__()[0] in DLPACK_CUDA:
-        ours, place = int(context.device), int(value.__dlpack_device__()[1])
-        if place != ours:
-            raise InputError(f"{name}: expected an array on GPU {ours}, got one on GPU {place}")
-        try:
-            return from_dlpack(value.__dlpack__(stream=stream))
-        except BufferError as exc:  # the producer cannot lend it, for example a tensor with a gradient
-            raise InputError(f"{name}: expected an array that can be lent over DLPack: {exc}") from exc
-    interface = getattr(value, "__cuda_array_interface__", None)
-    if interface is None:
-        return None
-    dtype, shape = np.dtype(interface["typestr"]), tuple(interface["shape"])
-    strides = interface.get("strides")
-    elements = strides and [stride / dtype.itemsize for stride in strides]
-    if interface.get("version", 0) < 3:  # says nothing about streams
-        driver.call("cuCtxSynchronize")
-    pointer = interface["data"][0]
-    return DeviceArray(pointer, shape, str(dtype), dense(shape, elements), value, interface.get("stream"))
-
-
 def wait_for(driver: Driver, array: DeviceArray, stream: Any, event: Any) -> None:
     """Makes the stream wait until the array is written."""
-    if array.stream is not None:
+    if array.stream == UNKNOWN_STREAM:
+        driver.call("cuCtxSynchronize")
+    elif array.stream is not None:
         driver.call("cuEventRecord", event, driver.api.CUstream(array.stream))
         driver.call("cuStreamWaitEvent", stream, event, 0)
 
@@ -207,44 +155,3 @@ def pinned_array(address: Any, shape: tuple[int, ...], dtype: str) -> np.ndarray
     """A view of memory of the driver's on the host, valid until that is freed."""
     memory = (ctypes.c_uint8 * (prod(shape) * np.dtype(dtype).itemsize)).from_address(int(address))
     return np.frombuffer(memory, dtype).reshape(shape)
-
-
-class DLTensor(ctypes.Structure):
-    _fields_ = (
-        ("data", ctypes.c_void_p),
-        ("device_type", ctypes.c_int32),
-        ("device_id", ctypes.c_int32),
-        ("ndim", ctypes.c_int32),
-        ("code", ctypes.c_uint8),
-        ("bits", ctypes.c_uint8),
-        ("lanes", ctypes.c_uint16),
-        ("shape", ctypes.POINTER(ctypes.c_int64)),
-        ("strides", ctypes.POINTER(ctypes.c_int64)),  # in elements; null if contiguous
-        ("byte_offset", ctypes.c_uint64),
-    )
-
-
-def from_dlpack(capsule: Any) -> DeviceArray:
-    """Reads the capsule without taking the tensor over: it is given back when the capsule is dropped."""
-    get_pointer = ctypes.pythonapi.PyCapsule_GetPointer
-    get_pointer.restype, get_pointer.argtypes = ctypes.c_void_p, (ctypes.py_object, ctypes.c_char_p)
-    tensor = DLTensor.from_address(get_pointer(capsule, b"dltensor"))
-    kind = DLPACK_KIND.get(tensor.code)
-    if kind and tensor.lanes == 1 and tensor.bits % 8 == 0:
-        dtype = str(np.dtype(f"{kind}{tensor.bits // 8}"))
-    else:
-        dtype = f"DLPack type {tensor.code} of {tensor.bits} bits x {tensor.lanes}"
-    shape = tuple(tensor.shape[: tensor.ndim])
-    strides = tensor.strides[: tensor.ndim] if tensor.strides else None
-    address = (tensor.data or 0) + tensor.byte_offset
-    return DeviceArray(address, shape, dtype, dense(shape, strides), capsule)
-
-
-def dense(shape: tuple[int, ...], strides: Any) -> bool:
-    """Whether strides, in elements (None: contiguous), are those of a C-contiguous array."""
-    expected = 1
-    for size, stride in zip(reversed(shape), reversed(strides or ()), strict=False):
-        if size != 1 and stride != expected:
-            return False
-        expected *= size
-    return True

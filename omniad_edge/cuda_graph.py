@@ -9,20 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from .cuda_driver import (
-    NOT_WAITING,
-    Context,
-    DeviceArray,
-    Driver,
-    device_architecture,
-    device_array,
-    pinned_array,
-    wait_for,
-)
+from .cuda_array import NOT_WAITING, DeviceArray, device_array
+from .cuda_driver import Context, Driver, device_architecture, pinned_array, wait_for
 from .cuda_kernel import LoadedKernel, load_kernels, parameters
-from .cuda_resize import CudaResize, check_device_frame
+from .cuda_resize import CudaResize
 from .errors import EngineError, InputError
-from .image import check_frame
+from .image import readable_frame
 from .kernels.plan import Buffer, Kernel, Plan, aligned
 
 __all__ = ["CudaGraphPlan", "Kernel", "device_architecture"]
@@ -165,7 +157,8 @@ class CudaGraphPlan:
             expected = "none, the plan has no front" if self.resize is None else self.plan.batch
             raise InputError(f"frames: expected {expected}; got {len(frames)}")
         with self.turn():
-            sources, prepare_ms = [self.frame(frame, int(self.stream)) for frame in frames], []
+            reader = int(self.context.device), int(self.stream)
+            sources, prepare_ms = [readable_frame(frame, *reader) for frame in frames], []
             try:
                 for index, source in enumerate(sources):
                     start = perf_counter()
@@ -183,16 +176,7 @@ class CudaGraphPlan:
     def frame_size(self, frame: Any) -> tuple[int, int]:
         """Rows and columns of what `run_frames` takes. Raises InputError for anything else."""
         with self.turn():
-            return self.frame(frame, NOT_WAITING).shape[:2]
-
-    def frame(self, value: Any, stream: int) -> np.ndarray | DeviceArray:
-        """The frame to read, checked; stream: as in `device_array`."""
-        array = device_array(self.driver, value, "frame", self.context, stream)
-        if array is None:
-            check_frame(value)
-            return value
-        check_device_frame(array)
-        return array
+            return readable_frame(frame, int(self.context.device), NOT_WAITING).shape[:2]
 
     def replay(self) -> dict[str, np.ndarray]:
         """The graph on the inputs that are on the GPU or on their way."""
@@ -209,7 +193,7 @@ class CudaGraphPlan:
         if isinstance(value, np.ndarray):
             check(name, value.dtype, value.shape, True, self.inputs[name])
             return value
-        array = device_array(self.driver, value, name, self.context, int(self.stream))
+        array = device_array(value, name, int(self.context.device), int(self.stream))
         if array is None:
             raise InputError(f"{name}: expected a NumPy array or an array on the GPU, got {type(value).__name__}")
         check(name, array.dtype, array.shape, array.contiguous, self.inputs[name])

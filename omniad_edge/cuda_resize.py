@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
-from .cuda_driver import DeviceArray, Driver, pinned_array
+from .cuda_array import DeviceArray
+from .cuda_driver import Driver, pinned_array
 from .cuda_kernel import LoadedKernel, parameters
-from .errors import InputError
 from .kernels.plan import Plan
 from .kernels.resize_tables import resample_tables
 
@@ -92,14 +92,3 @@ class CudaResize:
         target = self.driver.api.CUdeviceptr(address)
         self.driver.call("cuMemcpyHtoDAsync", target, pinned.ctypes.data, pinned.nbytes, self.stream)
         self.driver.call("cuEventRecord", self.copied, self.stream)
-
-
-def check_device_frame(frame: DeviceArray) -> None:
-    """Raises InputError unless it is uint8 (rows, columns, 3), C-contiguous and not empty."""
-    fits = len(frame.shape) == 3 and frame.shape[2] == 3 and all(frame.shape)
-    if frame.dtype != "uint8" or not fits or not frame.contiguous:
-        came = f"{frame.dtype} {frame.shape}" + ("" if frame.contiguous else ", not C-contiguous")
-        raise InputError(
-            f"frame: expected a C-contiguous uint8 BGR array of shape (height, width, 3); got {came}: bring it to "
-            "that on the GPU, or pass it as a NumPy array"
-        )

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
-from . import fused
+from . import fused, native
 from .bundle import Bundle, read_bundle
 from .cameras.camera_process import CameraProcess, interpreter
 from .cuda_driver import Driver
@@ -29,7 +29,6 @@ from .jetson import Jetson
 
 SCHEMA = 1  # of the JSON
 CPU_FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "asimddp", "bf16")
-NATIVE = Path(__file__).with_name("libomniad_runtime.so")
 LEAST_CACHE_BYTES = 1 << 30
 EXTRAS = (  # what it is for, the packages, the extra that brings them (none: always there)
     ("inspect on a CPU", ("onnxruntime",), ""),
@@ -41,10 +40,7 @@ EXTRAS = (  # what it is for, the packages, the extra that brings them (none: al
     ("metrics and health page", ("prometheus-client",), "line"),
 )
 CAMERAS = (("GStreamer and CSI cameras", "gstreamer"), ("GigE and USB3 Vision cameras", "aravis"))
-BUILD_NATIVE = (
-    "cmake -B build/native && cmake --build build/native --target omniad_runtime "
-    f"&& cp build/native/{NATIVE.name} omniad_edge/"
-)
+BUILD_NATIVE = "sudo apt install g++, then in a clone: pip install --force-reinstall --no-deps ."
 DRIVER = "sudo ubuntu-drivers install, where there is an NVIDIA GPU; in a container: docker run --gpus all ..."
 DRIVER_FOR_JETSON = "sudo apt install nvidia-l4t-cuda; in a container: docker run --runtime nvidia ..."
 CUDA_FOR = {"6": "cuda-bindings~=12.9", "7": "cuda-bindings>=13,<14"}  # by JetPack
@@ -171,8 +167,10 @@ def packages(jetson: Jetson) -> Iterator[Finding]:
 
 
 def native_runtime() -> Finding:
-    text = str(NATIVE) if NATIVE.is_file() else f"{NATIVE.name} is not in the package"
-    return Finding("can do", "native runtime for C and C++", NATIVE.is_file(), text, BUILD_NATIVE)
+    absent = native.why_absent()
+    return Finding(
+        "can do", "launch GPU kernels from C++", not absent, absent or str(native.LIBRARY), BUILD_NATIVE
+    )
 
 
 def install_command(extra: str, jetson: Jetson) -> str:
@@ -193,6 +191,8 @@ def look_at_gpu(jetson: Jetson) -> tuple[dict | None, Finding]:
     try:
         gpu = gpu_facts()
     except MissingDependencyError:
+        if arch := fused.device_architecture():
+            return None, Finding(section, name, True, f"sm_{arch}; more about it needs cuda-bindings")
         return None, Finding(section, name, False, "without cuda-bindings", install_command("cuda", jetson))
     except OmniADError as exc:
         return None, Finding(section, name, False, str(exc))

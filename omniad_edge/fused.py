@@ -4,13 +4,15 @@ import io
 import json
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import chain
 from zipfile import BadZipFile
 
 import numpy as np
 
+from . import cuda_graph, native
 from .bundle import WEIGHTS, Bundle
-from .cuda_graph import CudaGraphPlan, device_architecture
+from .cuda_graph import CudaGraphPlan
 from .errors import BundleError, EngineError
 from .image import FrameArray
 from .kernels.pack import pack
@@ -29,8 +31,9 @@ MAX_SCORE_ERROR = 0.02  # in standard deviations of the scores that the parity g
 class FusedEngine:
     """Kernels of this network on the GPU, in fp16 with fp32 statistics and sums.
 
-    Before the first frame it computes the bundle's self-test images and compares with the trained network's maps
-    and scores.
+    Launched by the native runtime, which does not hold the GIL, or from Python where that was not built; `reason`
+    says which. Before the first frame it computes the bundle's self-test images and compares with the trained
+    network's maps and scores.
     Raises EngineError where there is no GPU that the bundle has kernels for, or if the self-test fails.
     """
 
@@ -38,52 +41,30 @@ class FusedEngine:
     precision = "fp16"
 
     def __init__(self, bundle: Bundle, reason: str = "asked for") -> None:
-        self.reason = reason
         arch = device_architecture()
         if against := objection(bundle, arch):
             raise EngineError(f"backend fused: {against}")
-        try:
-            self.plan = Plan.from_dict(json.loads(bundle.parts[PLAN]))
-            self.weights = pack(self.plan, read_weights(bundle.parts[WEIGHTS]))
-            kernels = read_kernels(bundle, arch)
-            self.kernels = [kernels[self.plan.kernel_key(launch)] for launch in self.plan.all_launches]
-            with np.load(io.BytesIO(bundle.parts[SELF_TEST]), allow_pickle=False) as test:
-                pixels, anomaly_maps = test["pixels"], test["anomaly_map"]
-                score_deviation = float(test["score_deviation"])
-        except (KeyError, TypeError, ValueError, AttributeError, OSError, EOFError, BadZipFile) as exc:
-            raise BundleError(f"fused/* is not as omniad-export writes it: {exc!r}; export again") from exc
-        self.pdl = arch >= PDL_FROM
-        self.lock = threading.Lock()
-        self.graphs: dict[int, CudaGraphPlan] = {}
-        self.self_test(pixels, anomaly_maps, score_deviation)
+        test = read_self_test(bundle)
+        if absent := native.why_absent():
+            self.executor = PythonExecutor(bundle, arch)
+            self.reason = f"{reason}; launched from Python: {absent}"
+        else:
+            self.executor = native.NativeExecutor(bundle.parts, BATCHES)
+            self.reason = f"{reason}; launched from C++"
+        self.self_test(*test)
 
     def run(self, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return joined([graph.run({"pixels": images}) for graph, images in self.batches(pixels)])
+        outputs = [self.executor.run(images) for images in in_batches(pixels)]
+        return tuple(map(np.concatenate, zip(*outputs, strict=True)))
 
     def frame_size(self, frame: FrameArray) -> tuple[int, int]:
-        return self.graph(1).frame_size(frame)
+        return self.executor.frame_size(frame)
 
     def run_frames(self, frames: Sequence[FrameArray]) -> tuple[np.ndarray, np.ndarray, list[float]]:
         """Resized on the GPU. A frame may lie there: with DLPack or __cuda_array_interface__, C-contiguous."""
-        made = [graph.run_frames(some) for graph, some in self.batches(frames)]
-        outputs, preprocess_ms = zip(*made, strict=True)
-        return *joined(outputs), list(chain(*preprocess_ms))
-
-    def batches(self, images: Sequence) -> Iterator[tuple[CudaGraphPlan, Sequence]]:
-        """Each graph to run, with as many of the images as it takes."""
-        start = 0
-        while start < len(images):
-            batch = next(size for size in BATCHES if size <= len(images) - start)
-            yield self.graph(batch), images[start : start + batch]
-            start += batch
-
-    def graph(self, batch: int) -> CudaGraphPlan:
-        with self.lock:
-            if batch not in self.graphs:
-                self.graphs[batch] = CudaGraphPlan(
-                    for_batch(self.plan, batch), self.kernels, self.weights, self.pdl
-                )
-            return self.graphs[batch]
+        outputs = [self.executor.run_frames(some) for some in in_batches(frames)]
+        anomaly_map, pred_score, preprocess_ms = zip(*outputs, strict=True)
+        return np.concatenate(anomaly_map), np.concatenate(pred_score), list(chain(*preprocess_ms))
 
     def self_test(self, pixels: np.ndarray, anomaly_maps: np.ndarray, score_deviation: float) -> None:
         """score_deviation: 0 where the gate saw too few images to have one."""
@@ -93,6 +74,60 @@ class FusedEngine:
             if score_deviation:
                 error = abs(float(scores[0]) - float(truth.max())) / score_deviation
                 check_error("score in standard deviations", error, MAX_SCORE_ERROR)
+
+
+class PythonExecutor:
+    """What `native.NativeExecutor` does, from Python: a CudaGraphPlan for each of BATCHES, made when first needed.
+
+    Raises BundleError for parts that are not as omniad-export writes them, EngineError where the GPU cannot run
+    them, MissingDependencyError without cuda-bindings.
+    """
+
+    def __init__(self, bundle: Bundle, arch: int) -> None:
+        with reading_parts():
+            self.plan = Plan.from_dict(json.loads(bundle.parts[PLAN]))
+            self.weights = pack(self.plan, read_weights(bundle.parts[WEIGHTS]))
+            kernels = read_kernels(bundle, arch)
+            self.kernels = [kernels[self.plan.kernel_key(launch)] for launch in self.plan.all_launches]
+        self.pdl = arch >= PDL_FROM
+        self.lock = threading.Lock()
+        self.graphs: dict[int, CudaGraphPlan] = {}
+
+    def run(self, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return map_and_score(self.graph(len(pixels)).run({"pixels": pixels}))
+
+    def frame_size(self, frame: FrameArray) -> tuple[int, int]:
+        return self.graph(1).frame_size(frame)
+
+    def run_frames(self, frames: Sequence[FrameArray]) -> tuple[np.ndarray, np.ndarray, list[float]]:
+        outputs, preprocess_ms = self.graph(len(frames)).run_frames(frames)
+        return *map_and_score(outputs), preprocess_ms
+
+    def graph(self, batch: int) -> CudaGraphPlan:
+        with self.lock:
+            if batch not in self.graphs:
+                self.graphs[batch] = CudaGraphPlan(
+                    for_batch(self.plan, batch), self.kernels, self.weights, self.pdl
+                )
+            return self.graphs[batch]
+
+
+def device_architecture() -> int | None:
+    """Like 90 for sm_90, of the GPU that a FusedEngine takes; None if there is none."""
+    return cuda_graph.device_architecture() if native.why_absent() else native.device_architecture()
+
+
+def in_batches(images: Sequence) -> Iterator[Sequence]:
+    """As few as can be of the sizes that there are."""
+    start = 0
+    while start < len(images):
+        batch = next(size for size in BATCHES if size <= len(images) - start)
+        yield images[start : start + batch]
+        start += batch
+
+
+def map_and_score(outputs: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    return outputs["anomaly_map"], outputs["peaks"].max(1)
 
 
 def check_error(what: str, error: float, limit: float) -> None:
@@ -106,7 +141,8 @@ def check_error(what: str, error: float, limit: float) -> None:
 def objection(bundle: Bundle, arch: int | None) -> str:
     """Why this bundle cannot run on a GPU of this architecture (None: there is none); empty if it can."""
     if arch is None:
-        return "no NVIDIA GPU, driver or cuda-bindings was found (omniad-edge[cuda])"
+        bindings = "driver or cuda-bindings was found (omniad-edge[cuda])"
+        return f"no NVIDIA GPU, {bindings}" if native.why_absent() else "no NVIDIA GPU or driver was found"
     if PLAN not in bundle.parts:
         return f"the bundle has no GPU kernels; export it with --targets sm_{arch}"
     if f"fused/sm_{arch}.bin" not in bundle.parts:
@@ -115,10 +151,19 @@ def objection(bundle: Bundle, arch: int | None) -> str:
     return ""
 
 
-def joined(outputs: Sequence[Mapping[str, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
-    """anomaly_map and pred_score of all batches."""
-    anomaly_map = np.concatenate([made["anomaly_map"] for made in outputs])
-    return anomaly_map, np.concatenate([made["peaks"].max(1) for made in outputs])
+@contextmanager
+def reading_parts() -> Iterator[None]:
+    """Raises BundleError for whatever goes wrong in it."""
+    try:
+        yield
+    except (KeyError, TypeError, ValueError, AttributeError, OSError, EOFError, BadZipFile) as exc:
+        raise BundleError(f"fused/* is not as omniad-export writes it: {exc!r}; export again") from exc
+
+
+def read_self_test(bundle: Bundle) -> tuple[np.ndarray, np.ndarray, float]:
+    """Pixels, the trained network's maps of them, and the deviation of scores."""
+    with reading_parts(), np.load(io.BytesIO(bundle.parts[SELF_TEST]), allow_pickle=False) as test:
+        return test["pixels"], test["anomaly_map"], float(test["score_deviation"])
 
 
 def read_kernels(bundle: Bundle, arch: int) -> dict[str, Kernel]:

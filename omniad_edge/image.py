@@ -14,7 +14,7 @@ import cv2
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from .cuda_driver import is_on_gpu
+from .cuda_array import DeviceArray, check_device_frame, device_array, is_on_gpu
 from .errors import InputError
 
 # (rows, columns, 3) uint8 BGR: a NumPy array or, for the fused backend, also an array on the GPU.
@@ -76,6 +76,19 @@ def check_frame(frame: object) -> None:
         came = f"{frame.dtype} {frame.shape}"
         advice = "; ".join(filter(None, (_advice_shape(frame.shape), _advice_dtype(frame))))
     raise InputError(f"frame: expected a uint8 BGR array of shape (height, width, 3); got {came}: {advice}")
+
+
+def readable_frame(frame: FrameArray, device: int, stream: int) -> np.ndarray | DeviceArray:
+    """A frame as the fused backend reads it, checked. device, stream: that will read it; see `device_array`.
+
+    Raises InputError as `check_frame` does, and for an array on another GPU.
+    """
+    array = None if isinstance(frame, np.ndarray) else device_array(frame, "frame", device, stream)
+    if array is None:
+        check_frame(frame)
+        return frame
+    check_device_frame(array)
+    return array
 
 
 def list_images(path: str | Path) -> list[Path]:

@@ -15,7 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from omniad_edge.cuda_driver import MEANING, STICKY, DLTensor
+from omniad_edge.cuda_array import DLTensor
+from omniad_edge.cuda_driver import MEANING, STICKY
 from omniad_edge.kernels.resize_tables import MAX_TAPS, Tables, resize_reference
 
 WITH_VALUE = (

@@ -55,10 +55,10 @@ class Native:
         command = [*under, self.folder / program, *map(str, words)]
         return subprocess.run(command, capture_output=True, text=True, env=variables, timeout=120)
 
-    def recorded(self, *words: object, **environment: str) -> tuple[list[str], list[dict]]:
+    def recorded(self, *words: object, **options) -> tuple[list[str], list[dict]]:
         """The lines printed, and the driver's calls, by a run that must succeed."""
         trace = self.scratch / "trace"
-        made = self.run(*words, OMNIAD_TRACE=str(trace), **environment)
+        made = self.run(*words, OMNIAD_TRACE=str(trace), **options)
         assert made.returncode == 0, (made.stdout, made.stderr)
         return made.stdout.splitlines(), [
             json.loads(line + "}") for line in trace.read_text().splitlines() if line

@@ -33,30 +33,31 @@ int say(omniad_status status) {
 }
 
 struct Outputs {
-    explicit Outputs(omniad_runtime *runtime) {
-        omniad_get_sizes(runtime, &sizes);
-        map.resize(sizes.anomaly_map_bytes / sizeof(float));
-        score.resize(sizes.batch);
+    Outputs(omniad_runtime *runtime, int images) {
+        omniad_get_info(runtime, &info);
+        map.resize(images * info.anomaly_map_bytes / sizeof(float));
+        score.resize(images);
     }
     void append(const char *path) const {
         std::ofstream file(path, std::ios::binary | std::ios::app);
         file.write(reinterpret_cast<const char *>(map.data()), map.size() * sizeof(float));
         file.write(reinterpret_cast<const char *>(score.data()), score.size() * sizeof(float));
     }
-    omniad_sizes sizes;
+    omniad_info info;
     std::vector<float> map, score;
 };
 
 // run BUNDLE BATCH PIXELS OUT
 int run(char **words) {
     omniad_runtime *runtime;
-    if (say(omniad_open(words[0], 0, std::atoi(words[1]), &runtime))) {
+    int batch = std::atoi(words[1]);
+    if (say(omniad_open(words[0], 0, &batch, 1, &runtime))) {
         return 1;
     }
-    Outputs outputs(runtime);
+    Outputs outputs(runtime, batch);
     Bytes pixels = read(words[2]);
     auto given = reinterpret_cast<const uint8_t *>(pixels.data());
-    say(omniad_run(runtime, given, outputs.map.data(), outputs.score.data()));
+    say(omniad_run(runtime, batch, given, outputs.map.data(), outputs.score.data()));
     outputs.append(words[3]);
     return say(omniad_close(runtime));
 }
@@ -64,23 +65,24 @@ int run(char **words) {
 // frames BUNDLE BATCH OUT FILE PADDING (ROWS COLUMNS)...: frames with PADDING bytes behind each row
 int frames(int count, char **words) {
     omniad_runtime *runtime;
-    if (say(omniad_open(words[0], 0, std::atoi(words[1]), &runtime))) {
+    int batch = std::atoi(words[1]);
+    if (say(omniad_open(words[0], 0, &batch, 1, &runtime))) {
         return 1;
     }
-    Outputs outputs(runtime);
+    Outputs outputs(runtime, batch);
     Bytes file = read(words[3]);
     auto next = reinterpret_cast<const uint8_t *>(file.data());
-    std::vector<omniad_frame> batch;
+    std::vector<omniad_frame> given;
     for (int i = 5; i + 1 < count; i += 2) {
         int64_t rows = std::atoll(words[i]), columns = std::atoll(words[i + 1]);
         int64_t row_bytes = 3 * columns + std::atoll(words[4]);
-        batch.push_back({next, rows, columns, row_bytes});
+        given.push_back({next, rows, columns, row_bytes, OMNIAD_HOST, nullptr});
         next += rows * row_bytes;
-        if (static_cast<int>(batch.size()) == outputs.sizes.batch) {
-            auto n = static_cast<int>(batch.size());
-            say(omniad_run_frames(runtime, batch.data(), n, outputs.map.data(), outputs.score.data()));
+        if (static_cast<int>(given.size()) == batch) {
+            float *map = outputs.map.data(), *score = outputs.score.data();
+            say(omniad_run_frames(runtime, given.data(), batch, map, score, nullptr));
             outputs.append(words[2]);
-            batch.clear();
+            given.clear();
         }
     }
     return say(omniad_close(runtime));
@@ -89,10 +91,10 @@ int frames(int count, char **words) {
 // Memory and streams of the driver's, as a caller of `omniad_enqueue` has them.
 class Caller {
 public:
-    explicit Caller(const omniad_sizes &sizes) {
+    Caller(const omniad_info &info, int images) : images(images) {
         standIn<int (*)(void *)>("cuCtxPushCurrent_v2")(reinterpret_cast<void *>(77));
-        for (size_t bytes : {sizes.pixels_bytes, sizes.anomaly_map_bytes, sizes.peaks_bytes}) {
-            standIn<int (*)(uint64_t *, size_t)>("cuMemAlloc_v2")(&memory[made++], bytes);
+        for (size_t bytes : {info.pixels_bytes, info.anomaly_map_bytes, info.peaks_bytes}) {
+            standIn<int (*)(uint64_t *, size_t)>("cuMemAlloc_v2")(&memory[made++], images * bytes);
         }
         for (void *&stream : streams) {
             standIn<int (*)(void **, unsigned)>("cuStreamCreate")(&stream, 1);
@@ -112,32 +114,33 @@ public:
     }
     void synchronize(int stream) { standIn<int (*)(void *)>("cuStreamSynchronize")(streams[stream]); }
     omniad_status enqueue(omniad_runtime *runtime, int stream) {
-        return omniad_enqueue(runtime, streams[stream], memory[0], memory[1], memory[2]);
+        return omniad_enqueue(runtime, streams[stream], images, memory[0], memory[1], memory[2]);
     }
 
     uint64_t memory[3] = {};
     void *streams[2] = {};
 
 private:
-    int made = 0;
+    int images, made = 0;
 };
 
 // enqueue BUNDLE BATCH PIXELS OUT: on one stream, then on another, then captured, then from the host
 int enqueue(char **words) {
     omniad_runtime *runtime;
-    if (say(omniad_open(words[0], 0, std::atoi(words[1]), &runtime))) {
+    int batch = std::atoi(words[1]);
+    if (say(omniad_open(words[0], 0, &batch, 1, &runtime))) {
         return 1;
     }
-    Outputs outputs(runtime);
+    Outputs outputs(runtime, batch);
     Bytes pixels = read(words[2]);
     {
-        Caller caller(outputs.sizes);
+        Caller caller(outputs.info, batch);
         std::memcpy(reinterpret_cast<void *>(caller.memory[0]), pixels.data(), pixels.size());
         say(caller.enqueue(runtime, 0));
         say(caller.enqueue(runtime, 1));
         caller.synchronize(1);
         std::memcpy(outputs.map.data(), reinterpret_cast<void *>(caller.memory[1]),
-                    outputs.sizes.anomaly_map_bytes);
+                    batch * outputs.info.anomaly_map_bytes);
         outputs.append(words[3]);
         standIn<int (*)(void *, int)>("cuStreamBeginCapture_v2")(caller.streams[0], 1);
         say(caller.enqueue(runtime, 0));
@@ -145,30 +148,40 @@ int enqueue(char **words) {
         standIn<int (*)(void *, void **)>("cuStreamEndCapture")(caller.streams[0], &graph);
         standIn<int (*)(void *)>("cuGraphDestroy")(graph);
         auto given = reinterpret_cast<const uint8_t *>(pixels.data());
-        say(omniad_run(runtime, given, outputs.map.data(), outputs.score.data()));
+        say(omniad_run(runtime, batch, given, outputs.map.data(), outputs.score.data()));
     }
     return say(omniad_close(runtime));
 }
 
 // A life of a runtime, as far as it goes; the first failure's status.
 omniad_status life(const char *bundle) {
+    static uint8_t lent[1 << 16];
+    standIn<void (*)(void *, size_t)>("stand_in_lend")(lent, sizeof(lent));
     omniad_runtime *runtime;
-    omniad_status status = omniad_open(bundle, 0, 2, &runtime);
+    constexpr int batches[] = {2, 1};
+    omniad_status status = omniad_open(bundle, OMNIAD_CALLERS_DEVICE, batches, 2, &runtime);
     if (status != OMNIAD_OK) {
         return status;
     }
-    Outputs outputs(runtime);
-    std::vector<uint8_t> pixels(outputs.sizes.pixels_bytes, 1), picture(60 * 50 * 3, 2);
-    omniad_frame frames[2] = {{picture.data(), 40, 50, 150}, {picture.data(), 60, 50, 150}};
-    status = omniad_run(runtime, pixels.data(), outputs.map.data(), outputs.score.data());
+    Outputs outputs(runtime, 2);
+    float *map = outputs.map.data(), *score = outputs.score.data();
+    std::vector<uint8_t> pixels(2 * outputs.info.pixels_bytes, 1), picture(60 * 50 * 3, 2);
+    omniad_frame frames[2] = {{picture.data(), 40, 50, 150, OMNIAD_HOST, nullptr},
+                              {picture.data(), 60, 50, 150, OMNIAD_HOST, nullptr}};
+    double prepare_ms[2];
+    status = omniad_run(runtime, 2, pixels.data(), map, score);
     if (status == OMNIAD_OK) {
-        status = omniad_run_frames(runtime, frames, 2, outputs.map.data(), outputs.score.data());
+        status = omniad_run_frames(runtime, frames, 2, map, score, prepare_ms);
     }
-    static uint8_t lent[1 << 16];
-    standIn<void (*)(void *, size_t)>("stand_in_lend")(lent, sizeof(lent));
+    for (omniad_place place : {OMNIAD_GPU_AFTER_STREAM, OMNIAD_GPU_AFTER_ALL}) {
+        omniad_frame frame = {lent, 60, 50, 150, place, nullptr};
+        if (status == OMNIAD_OK) {
+            status = omniad_run_frames(runtime, &frame, 1, map, score, nullptr);
+        }
+    }
     auto device = reinterpret_cast<uint64_t>(lent);
     for (int i = 0; i < 2 && status == OMNIAD_OK; ++i) {
-        status = omniad_enqueue(runtime, nullptr, device, device, device);
+        status = omniad_enqueue(runtime, nullptr, 2, device, device, device);
     }
     omniad_close(runtime);
     return status;
@@ -204,29 +217,47 @@ int faults(int count, char **words) {
 // misuse BUNDLE: what the header does not allow
 int misuse(char **words) {
     omniad_runtime *runtime = nullptr;
-    omniad_sizes sizes;
-    say(omniad_open(nullptr, 0, 1, &runtime));
-    say(omniad_open(words[0], 0, 1, nullptr));
-    say(omniad_open(words[0], 0, 0, &runtime));
-    say(omniad_open(words[0], 0, 65, &runtime));
-    say(omniad_open(words[0], 7, 1, &runtime));
+    omniad_info info;
+    constexpr int batches[] = {1, 3, 0, 65};
+    say(omniad_open(nullptr, 0, batches, 1, &runtime));
+    say(omniad_open(words[0], 0, batches, 1, nullptr));
+    say(omniad_open(words[0], 0, nullptr, 1, &runtime));
+    say(omniad_open(words[0], 0, batches, 0, &runtime));
+    say(omniad_open(words[0], 0, batches, 3, &runtime));
+    say(omniad_open(words[0], 0, batches + 3, 1, &runtime));
+    say(omniad_open(words[0], 7, batches, 1, &runtime));
+    say(omniad_open(words[0], -2, batches, 1, &runtime));
+    omniad_part part = {"weights.onnx", nullptr, 0};
+    say(omniad_open_parts(&part, 1, 0, batches, 1, &runtime));
+    part.content = "";
+    say(omniad_open_parts(&part, 1, 0, batches, 1, &runtime));
+    say(omniad_get_architecture(7, nullptr));
     say(omniad_close(nullptr));
-    say(omniad_get_sizes(nullptr, &sizes));
-    say(omniad_open(words[0], 0, 1, &runtime));
-    Outputs outputs(runtime);
+    say(omniad_get_info(nullptr, &info));
+    say(omniad_open(words[0], 0, batches, 2, &runtime));
+    Outputs outputs(runtime, 1);
     uint8_t pixel[3] = {};
     float *map = outputs.map.data(), *score = outputs.score.data();
-    say(omniad_run(runtime, nullptr, map, score));
-    say(omniad_run(runtime, pixel, map, nullptr));
-    say(omniad_enqueue(runtime, nullptr, 0, 1, 1));
-    for (omniad_frame frame : {omniad_frame{nullptr, 1, 1, 3}, omniad_frame{pixel, 0, 1, 3},
-                               omniad_frame{pixel, 1, 1, 2}, omniad_frame{pixel, 1 << 20, 1 << 20, 3 << 20},
-                               omniad_frame{pixel, 1, 1 << 24, 3 << 24}, omniad_frame{pixel, 1, INT64_MAX, 3}}) {
-        say(omniad_run_frames(runtime, &frame, 1, map, score));
-    }
-    omniad_frame frame = {pixel, 1, 1, 3};
-    say(omniad_run_frames(runtime, &frame, 0, map, score));
-    say(omniad_run_frames(runtime, &frame, 1, map, score));
+    say(omniad_run(runtime, 1, nullptr, map, score));
+    say(omniad_run(runtime, 1, pixel, map, nullptr));
+    say(omniad_run(runtime, 2, pixel, map, score));
+    say(omniad_enqueue(runtime, nullptr, 1, 0, 1, 1));
+    say(omniad_enqueue(runtime, nullptr, -1, 1, 1, 1));
+    auto run = [&](const uint8_t *bgr, int64_t rows, int64_t columns, int64_t row_bytes, int place) {
+        omniad_frame frame = {bgr, rows, columns, row_bytes, static_cast<omniad_place>(place), nullptr};
+        say(omniad_run_frames(runtime, &frame, 1, map, score, nullptr));
+    };
+    run(nullptr, 1, 1, 3, OMNIAD_HOST);
+    run(pixel, 0, 1, 3, OMNIAD_HOST);
+    run(pixel, 1, 1, 2, OMNIAD_HOST);
+    run(pixel, 1 << 20, 1 << 20, 3 << 20, OMNIAD_HOST);
+    run(pixel, 1, 1 << 24, 3 << 24, OMNIAD_HOST);
+    run(pixel, 1, INT64_MAX, 3, OMNIAD_HOST);
+    run(pixel, 1, 1, 4, OMNIAD_GPU);
+    run(pixel, 1, 1, 3, 4);
+    omniad_frame frame = {pixel, 1, 1, 3, OMNIAD_HOST, nullptr};
+    say(omniad_run_frames(runtime, &frame, 0, map, score, nullptr));
+    say(omniad_run_frames(runtime, &frame, 1, map, score, nullptr));
     return say(omniad_close(runtime));
 }
 
@@ -237,10 +268,13 @@ int main(int count, char **words) {
     words += 2, count -= 2;
     if (verb == "version") {
         std::puts(omniad_version());
+    } else if (verb == "layout") {
+        std::printf("%zu %zu %zu\n", sizeof(omniad_part), sizeof(omniad_info), sizeof(omniad_frame));
     } else if (verb == "open") {
         for (int i = 0; i < count; ++i) {
             omniad_runtime *runtime;
-            say(omniad_open(words[i], 0, 1, &runtime));
+            int batch = 1;
+            say(omniad_open(words[i], 0, &batch, 1, &runtime));
             omniad_close(runtime);
         }
     } else if (verb == "run") {

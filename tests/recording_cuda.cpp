@@ -1,4 +1,7 @@
 // A stand-in for libcuda.so.1: the functions of the driver that the native runtime calls.
+#include <chrono>
+#include <thread>
+
 #include "recording_cuda.h"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
@@ -31,6 +34,11 @@ EXPORT void stand_in_lend(void *memory, size_t bytes) {
     state().device[number(memory)] = bytes;
 }
 
+// How long whoever waits for a stream waits at least.
+EXPORT void stand_in_delay(int ms) {
+    state().delayMs = ms;
+}
+
 EXPORT int stand_in_alive() {
     return static_cast<int>(state().alive.size() + contexts.size()) + state().references +
            (state().capturing != 0);
@@ -51,6 +59,26 @@ EXPORT int cuGetErrorName(int status, const char **name) {
     auto found = names.find(status);
     *name = found == names.end() ? nullptr : found->second;
     return found == names.end() ? 1 : 0;
+}
+
+EXPORT int cuCtxGetCurrent(CudaContext *context) {
+    ENTER("cuCtxGetCurrent", false)
+    *context = reinterpret_cast<CudaContext>(contexts.empty() ? 0 : contexts.back());
+    return 0;
+}
+
+EXPORT int cuCtxGetDevice(CudaDevice *device) {
+    ENTER("cuCtxGetDevice")
+    *device = 0;
+    return 0;
+}
+
+EXPORT int cuCtxSynchronize() {
+    ENTER("cuCtxSynchronize")
+    for (auto &[stream, works] : state().queues) {
+        drain(stream);
+    }
+    return 0;
 }
 
 EXPORT int cuDeviceGet(CudaDevice *device, int ordinal) {
@@ -220,7 +248,9 @@ EXPORT int cuStreamCreate(CudaStream *stream, unsigned int flags) {
 }
 
 GIVES_BACK(cuStreamDestroy_v2, "cuStreamDestroy", CudaStream, drop(number(handle), "stream"))
-GIVES_BACK(cuStreamSynchronize, "cuStreamSynchronize", CudaStream, drain(number(handle)))
+GIVES_BACK(cuStreamSynchronize, "cuStreamSynchronize", CudaStream,
+           std::this_thread::sleep_for(std::chrono::milliseconds(state().delayMs));
+           drain(number(handle)))
 
 EXPORT int cuStreamWaitEvent(CudaStream stream, CudaEvent event, unsigned int) {
     ENTER("cuStreamWaitEvent")

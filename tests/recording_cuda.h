@@ -36,7 +36,7 @@ using Work = std::function<void()>;
 
 struct State {
     std::FILE *trace = nullptr;
-    int calls = 0, failAt = 0, failWith = 0;
+    int calls = 0, failAt = 0, failWith = 0, delayMs = 0;
     int references = 0;  // of the primary context
     uint64_t next = 0x1000;
     std::vector<std::string> names;

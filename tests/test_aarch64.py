@@ -125,6 +125,17 @@ def test_the_wheel_has_the_library_and_its_tag(library, any_wheel, tmp_path):
     assert not pip_installs(path, tmp_path / "no", "3.10", "manylinux_2_35_x86_64")
 
 
+def test_a_wheel_with_this_machines_library_gets_the_others(any_wheel, tmp_path):
+    given = any_wheel.rename(any_wheel.with_name(any_wheel.name.replace("-any", "-linux_x86_64")))
+    with zipfile.ZipFile(given, "a") as wheel:
+        wheel.writestr("omniad_edge/libomniad_runtime.so", b"of this machine")
+    other = elf(tmp_path / "library.so", 183)
+    path = Path(make_wheel(given, other).stdout.strip())
+    assert path.name.endswith("-py3-none-manylinux_2_35_aarch64.whl")
+    with zipfile.ZipFile(path) as wheel:
+        assert wheel.read("omniad_edge/libomniad_runtime.so") == other.read_bytes()
+
+
 def test_the_record_lists_every_file_with_its_digest(any_wheel, tmp_path):
     path = Path(make_wheel(any_wheel, elf(tmp_path / "library.so", 183)).stdout.strip())
     with zipfile.ZipFile(path) as wheel:
@@ -170,7 +181,7 @@ def test_wrong_files_are_errors_in_words(any_wheel, tmp_path):
     text.write_text("text")
     for arguments, words in (
         ((any_wheel, text), "expected a library"),
-        ((text, text), "expected a wheel for any platform"),
+        ((text, text), "expected a wheel for any Python"),
         ((tmp_path / "none-py3-none-any.whl", elf(tmp_path / "l.so", 62)), "No such file"),
     ):
         made = make_wheel(*arguments)

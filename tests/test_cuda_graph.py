@@ -14,7 +14,8 @@ import pytest
 from fake_cuda import FakeCuda, OnGpu, OverDlpack, check_all_freed, cubin
 
 from omniad_edge import cuda_driver, cuda_graph, cuda_kernel, cuda_resize
-from omniad_edge.cuda_driver import MEANING, STICKY, dense
+from omniad_edge.cuda_array import dense, from_dlpack
+from omniad_edge.cuda_driver import MEANING, STICKY
 from omniad_edge.cuda_graph import CudaGraphPlan, device_architecture
 from omniad_edge.cuda_kernel import parameters
 from omniad_edge.errors import EngineError, InputError, MissingDependencyError
@@ -261,9 +262,9 @@ def test_a_torch_tensor_on_the_cpu_is_not_taken(graph):
 def test_dlpack_structure_is_that_of_torch():
     torch = pytest.importorskip("torch")
     tensor = torch.arange(24, dtype=torch.float16).reshape(4, 6)[1:, ::2]
-    array = cuda_driver.from_dlpack(tensor.__dlpack__())
+    array = from_dlpack(tensor.__dlpack__())
     assert (array.address, array.shape, array.dtype) == (tensor.data_ptr(), (3, 3), "float16")
-    assert not array.contiguous and cuda_driver.from_dlpack(tensor.contiguous().__dlpack__()).contiguous
+    assert not array.contiguous and from_dlpack(tensor.contiguous().__dlpack__()).contiguous
 
 
 def test_dense_agrees_with_numpy():

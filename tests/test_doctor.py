@@ -8,7 +8,7 @@ import pytest
 from fake_cuda import FakeCuda
 from jetson_tree import ORIN_NANO, write_tree
 
-from omniad_edge import doctor, fused
+from omniad_edge import doctor, fused, native
 from omniad_edge.bundle import read_bundle
 from omniad_edge.cli import main
 from omniad_edge.cuda_driver import Driver
@@ -180,9 +180,9 @@ def test_what_cameras_need(monkeypatch):
 
 
 def test_the_native_library_where_it_is(tmp_path, monkeypatch):
-    monkeypatch.setattr(doctor, "NATIVE", tmp_path / "libomniad_runtime.so")
-    assert not doctor.native_runtime().ok
-    doctor.NATIVE.write_bytes(b"")
+    monkeypatch.setattr(native, "LIBRARY", tmp_path / "libomniad_runtime.so")
+    assert not doctor.native_runtime().ok and "is not there" in doctor.native_runtime().text
+    monkeypatch.setattr(native, "why_absent", lambda: "")
     assert doctor.native_runtime().ok
 
 

@@ -10,7 +10,7 @@ import pytest
 
 pytest.importorskip("triton", reason="the kernels need Triton: pip install 'omniad-edge[kernels]'")
 
-from omniad_edge import Detector, fused
+from omniad_edge import Detector, fused, native
 from omniad_edge.bundle import Bundle, read_bundle, write_bundle
 from omniad_edge.engine import OnnxRuntimeEngine, open_engine
 from omniad_edge.errors import BundleError, EngineError, ExportError, InputError
@@ -84,12 +84,13 @@ class Graph:
 
 @pytest.fixture
 def gpu(monkeypatch, bundle):
-    """A GPU of sm_90."""
+    """A GPU of sm_90, and no native runtime."""
     test = self_test_of(bundle)
     Graph.truth = {p.tobytes(): m for p, m in zip(test["pixels"], test["anomaly_map"], strict=True)}
     Graph.made, Graph.error, Graph.frames = [], 0.0, []
     monkeypatch.setattr(fused, "CudaGraphPlan", Graph)
     monkeypatch.setattr(fused, "device_architecture", lambda: 90)
+    monkeypatch.setattr(native, "why_absent", lambda: "it was not built")
 
 
 def test_the_parts(bundle):
@@ -113,7 +114,7 @@ def test_the_graph_for_tensorrt_has_its_weights_and_kernels(bundle):
 def test_it_is_chosen_where_it_can_run(bundle, gpu):
     engine = open_engine(bundle)
     assert (engine.backend, engine.precision) == ("fused", "fp16")
-    assert "the bundle has them for this GPU" in engine.reason
+    assert engine.reason.endswith("the bundle has them for this GPU; launched from Python: it was not built")
     (graph,) = Graph.made
     assert graph.pdl
     assert [kernel.cubin for kernel in graph.kernels] == [

@@ -167,10 +167,10 @@ def test_the_latency_benchmark_takes_the_kernels_a_bundle_has(tmp_path, benchmar
     import cpu
 
     bundle = write_tiny(tmp_path / "tiny.omniad", parts=fused_parts(tiny_plan(), weights_file(arrays()), 87))
-    monkeypatch.setattr(cpu, "device_architecture", lambda: 87)
+    monkeypatch.setattr(cpu.fused, "device_architecture", lambda: 87)
     cases, _ = cpu.select_cases({"ours": bundle}, ["ours/fused-fp16"])
     assert [case.backend for case in cases] == ["fused"]
-    monkeypatch.setattr(cpu, "device_architecture", lambda: 90)
+    monkeypatch.setattr(cpu.fused, "device_architecture", lambda: 90)
     with pytest.raises(InputError, match="ours/fused-fp16: the bundle has kernels for sm_87"):
         cpu.select_cases({"ours": bundle}, ["ours/fused-fp16"])
 

@@ -235,7 +235,8 @@ std::string_view Bundle::part(std::string_view name) const {
     if (found == mParts.end()) {
         throw bundleError(mPath, ": has no part ", name, "; export it again");
     }
-    if (sha256(found->second) != mDigests.find(name)->second) {
+    auto digest = mDigests.find(name);
+    if (digest != mDigests.end() && sha256(found->second) != digest->second) {
         throw bundleError(mPath, ": part ", name,
                           " does not match its digest in the manifest: damaged or altered");
     }

@@ -5,24 +5,29 @@
 #include <map>
 #include <string>
 #include <string_view>
+#include <utility>
 
 #include "json.h"
 
 namespace omniad {
+
+using Parts = std::map<std::string, std::string_view, std::less<>>;  // name -> content
 
 class Bundle {
 public:
     // Checks the whole file's digest, the ZIP's directory and the manifest as far as this library uses it: not the
     // products' thresholds. Throws a bundle error with the path.
     explicit Bundle(const std::string &path);
+    // Of parts that the caller has read and checked; they must outlive it. Its size is not known: 0 x 0.
+    explicit Bundle(Parts parts) : mPath("bundle"), mParts(std::move(parts)) {}
     Bundle(const Bundle &) = delete;
     Bundle &operator=(const Bundle &) = delete;
 
     int height() const { return mHeight; }
     int width() const { return mWidth; }
     bool has(std::string_view part) const { return mParts.count(part) != 0; }
-    const std::map<std::string, std::string_view, std::less<>> &parts() const { return mParts; }
-    // The content of a part, whose digest is checked now; valid as long as the bundle.
+    const Parts &parts() const { return mParts; }
+    // The content of a part, whose digest is checked now if the bundle has one; valid as long as the bundle.
     std::string_view part(std::string_view name) const;
     const std::string &path() const { return mPath; }
 
@@ -36,7 +41,7 @@ private:
     void checkPart(const std::string &name, const Json &entry);
 
     std::string mPath, mData;
-    std::map<std::string, std::string_view, std::less<>> mParts;
+    Parts mParts;
     std::map<std::string, std::string, std::less<>> mDigests;
     int mHeight = 0, mWidth = 0;
 };

@@ -116,7 +116,7 @@ int Driver::attribute(int key, CudaDevice device) {
 
 void Driver::checkNotLost() const {
     if (!mLost.empty()) {
-        throw Error(Status::kENGINE, mLost);
+        throw Error(Status::kLOST, mLost);
     }
 }
 
@@ -125,19 +125,45 @@ void Driver::fail(const char *function, int status) {
     std::string said = text(documented(function), ": ", nameOf(api, status), ": ", words(meaning));
     if (meaning == Meaning::kSTICKY) {
         mLost = said;
+        checkNotLost();
     }
     throw Error(Status::kENGINE, said);
 }
 
-PrimaryContext::PrimaryContext(Driver &driver, int ordinal) : mDriver(driver) {
+CudaDevice chooseDevice(Driver &driver, int ordinal) {
     driver.call(driver.api.cuInit, 0u);
-    driver.call(driver.api.cuDeviceGet, &mDevice, ordinal);
-    driver.call(driver.api.cuDevicePrimaryCtxRetain, &mHandle, mDevice);
+    CudaDevice device = 0;
+    CudaContext current = nullptr;
+    if (ordinal == kCALLERS_DEVICE) {
+        driver.call(driver.api.cuCtxGetCurrent, &current);
+    }
+    if (current != nullptr) {
+        driver.call(driver.api.cuCtxGetDevice, &device);
+    } else {
+        driver.call(driver.api.cuDeviceGet, &device, ordinal == kCALLERS_DEVICE ? 0 : ordinal);
+    }
+    return device;
 }
 
-int PrimaryContext::architecture() const {
-    int major = mDriver.attribute(kCOMPUTE_CAPABILITY_MAJOR, mDevice);
-    return 10 * major + mDriver.attribute(kCOMPUTE_CAPABILITY_MINOR, mDevice);
+int architectureOf(Driver &driver, CudaDevice device) {
+    int major = driver.attribute(kCOMPUTE_CAPABILITY_MAJOR, device);
+    return 10 * major + driver.attribute(kCOMPUTE_CAPABILITY_MINOR, device);
+}
+
+Context::Context(Driver &driver, int ordinal) : mDriver(driver), mDevice(chooseDevice(driver, ordinal)) {
+    if (ordinal == kCALLERS_DEVICE) {
+        driver.call(driver.api.cuCtxGetCurrent, &mHandle);
+    }
+    if (mHandle == nullptr) {
+        driver.call(driver.api.cuDevicePrimaryCtxRetain, &mHandle, mDevice);
+        mRetained = true;
+    }
+}
+
+Context::~Context() {
+    if (mRetained) {
+        mDriver.free(mDriver.api.cuDevicePrimaryCtxRelease_v2, mDevice);
+    }
 }
 
 }  // namespace omniad

@@ -66,30 +66,37 @@ private:
     std::vector<std::function<void()>> mFrees;
 };
 
-// The primary context of a device, which the CUDA runtime API uses too.
-class PrimaryContext {
+constexpr int kCALLERS_DEVICE = -1;  // instead of an ordinal: of this thread's context, or without one the first
+
+CudaDevice chooseDevice(Driver &driver, int ordinal);
+
+// Like 90 for sm_90.
+int architectureOf(Driver &driver, CudaDevice device);
+
+// The primary context of a device, which the CUDA runtime API uses too. Of `kCALLERS_DEVICE` this thread's
+// context, if it has one: then it is the caller who keeps it.
+class Context {
 public:
-    PrimaryContext(Driver &driver, int ordinal);
-    PrimaryContext(const PrimaryContext &) = delete;
-    PrimaryContext &operator=(const PrimaryContext &) = delete;
-    ~PrimaryContext() { mDriver.free(mDriver.api.cuDevicePrimaryCtxRelease_v2, mDevice); }
+    Context(Driver &driver, int ordinal);
+    Context(const Context &) = delete;
+    Context &operator=(const Context &) = delete;
+    ~Context();
 
     Driver &driver() const { return mDriver; }
     CudaDevice device() const { return mDevice; }
     CudaContext handle() const { return mHandle; }
-    // Like 90 for sm_90.
-    int architecture() const;
 
 private:
     Driver &mDriver;
-    CudaDevice mDevice = 0;
+    CudaDevice mDevice;
     CudaContext mHandle = nullptr;
+    bool mRetained = false;
 };
 
 // The context is current while this lives; afterwards the thread has again what it had before.
 class Entered {
 public:
-    explicit Entered(const PrimaryContext &context) : mDriver(context.driver()) {
+    explicit Entered(const Context &context) : mDriver(context.driver()) {
         mDriver.call(mDriver.api.cuCtxPushCurrent_v2, context.handle());
     }
     Entered(const Entered &) = delete;

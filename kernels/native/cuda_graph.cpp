@@ -1,13 +1,15 @@
 #include "cuda_graph.h"
 
+#include <chrono>
 #include <cmath>
 #include <cstring>
 
 #include "error.h"
+#include "schedule.h"
 
 namespace omniad {
 
-GraphPlan::GraphPlan(const PrimaryContext &context, Content content)
+GraphPlan::GraphPlan(const Context &context, Content content)
     : mContext(context),
       mDriver(context.driver()),
       mContent(std::move(content)),
@@ -55,13 +57,15 @@ void GraphPlan::prepare() {
     mDriver.call(mDriver.api.cuMemsetD8Async, arena, static_cast<unsigned char>(0),
                  static_cast<size_t>(plan().arenaBytes()), mStream);
     copyWeights();
-    launch(mStream);  // loads what the driver loads late, which it may not do in a capture
+    launch(mGraphs.front(), mStream);  // loads what the driver loads late, which it may not do in a capture
     mDriver.call(mDriver.api.cuStreamSynchronize, mStream);
     mContent.weights.clear();
     mContent.kernels.clear();
-    capture();
-    mOwned.add([this] { mDriver.free(mDriver.api.cuGraphExecDestroy, mGraph); });
-    mDriver.call(mDriver.api.cuGraphUpload, mGraph, mStream);
+    for (Graph &graph : mGraphs) {
+        capture(graph);
+        mOwned.add([this, made = graph.executable] { mDriver.free(mDriver.api.cuGraphExecDestroy, made); });
+        mDriver.call(mDriver.api.cuGraphUpload, graph.executable, mStream);
+    }
     mDriver.call(mDriver.api.cuStreamSynchronize, mStream);
 }
 
@@ -97,17 +101,30 @@ void GraphPlan::pin() {
 
 // Launches with their parameters, which are the same at every run.
 void GraphPlan::setUp() {
-    size_t index = 0;
     if (plan().front) {
         mResize = std::make_unique<CudaResize>(mDriver, mStream, plan(), mContent.kernels[0], mFunctions[0],
                                                mAddresses, mPinned);
         mOwned.add([this] { mResize.reset(); });
-        index = 1;
     }
-    for (const Launch &launch : plan().launches) {
-        mLaunches.emplace_back(launch, mContent.kernels[index], mFunctions[index], mAddresses);
-        index += 1;
+    for (int images : mContent.batches) {
+        Graph &graph = mGraphs.emplace_back(Graph{images, {}});
+        size_t index = plan().front ? 1 : 0;
+        for (const Launch &launch : forBatch(plan(), images).launches) {
+            graph.launches.emplace_back(launch, mContent.kernels[index], mFunctions[index], mAddresses);
+            index += 1;
+        }
     }
+}
+
+GraphPlan::Graph &GraphPlan::graphOf(const char *name, int images) {
+    std::string expected;
+    for (Graph &graph : mGraphs) {
+        if (graph.images == images) {
+            return graph;
+        }
+        expected += (expected.empty() ? "" : " or ") + std::to_string(graph.images);
+    }
+    throw inputError(name, ": expected ", expected, "; got ", images);
 }
 
 void GraphPlan::copyWeights() {
@@ -120,59 +137,66 @@ void GraphPlan::copyWeights() {
     }
 }
 
-void GraphPlan::launch(CudaStream stream) {
-    for (LoadedLaunch &launch : mLaunches) {
+void GraphPlan::launch(Graph &graph, CudaStream stream) {
+    for (LoadedLaunch &launch : graph.launches) {
         launch.start(mDriver, stream, mContent.pdl);
     }
 }
 
 // All launches as one executable graph.
-void GraphPlan::capture() {
+void GraphPlan::capture(Graph &graph) {
     const CudaApi &api = mDriver.api;
-    CudaGraph graph = nullptr;
+    CudaGraph captured = nullptr;
     mDriver.call(api.cuStreamBeginCapture_v2, mStream, kCAPTURE_MODE_THREAD_LOCAL);
     try {
-        launch(mStream);
+        launch(graph, mStream);
     } catch (...) {
-        mDriver.free(api.cuStreamEndCapture, mStream, &graph);
-        if (graph != nullptr) {
-            mDriver.free(api.cuGraphDestroy, graph);
+        mDriver.free(api.cuStreamEndCapture, mStream, &captured);
+        if (captured != nullptr) {
+            mDriver.free(api.cuGraphDestroy, captured);
         }
         throw;
     }
-    mDriver.call(api.cuStreamEndCapture, mStream, &graph);
-    Owned captured;
-    captured.add([this, graph] { mDriver.free(mDriver.api.cuGraphDestroy, graph); });
-    mDriver.call(api.cuGraphInstantiateWithFlags, &mGraph, graph, 0ull);
+    mDriver.call(api.cuStreamEndCapture, mStream, &captured);
+    Owned owned;
+    owned.add([this, captured] { mDriver.free(mDriver.api.cuGraphDestroy, captured); });
+    mDriver.call(api.cuGraphInstantiateWithFlags, &graph.executable, captured, 0ull);
 }
 
-void GraphPlan::run(const uint8_t *pixels, float *anomalyMap, float *predScore) {
+void GraphPlan::run(int images, const uint8_t *pixels, float *anomalyMap, float *predScore) {
+    const Graph &graph = graphOf("images", images);
     Entered entered(mContext);
     waitForQueued(mStream);
-    const Buffer &input = plan().buffers[mPixels];
-    std::memcpy(mPinned[mPixels], pixels, input.bytes());
+    size_t size = bytes(mPixels, images);
+    std::memcpy(mPinned[mPixels], pixels, size);
     try {
         mDriver.call(mDriver.api.cuMemcpyHtoDAsync_v2, mAddresses[mPixels],
-                     static_cast<const void *>(mPinned[mPixels]), static_cast<size_t>(input.bytes()), mStream);
-        replay(anomalyMap, predScore);
+                     static_cast<const void *>(mPinned[mPixels]), size, mStream);
+        replay(graph, anomalyMap, predScore);
     } catch (...) {
         mDriver.free(mDriver.api.cuStreamSynchronize, mStream);  // pinned memory is being read
         throw;
     }
 }
 
-void GraphPlan::runFrames(const std::vector<Frame> &frames, float *anomalyMap, float *predScore) {
-    if (!mResize || frames.size() != static_cast<size_t>(plan().batch)) {
-        throw inputError("frames: expected ", mResize ? text(plan().batch) : "none, the plan has no front",
-                         "; got ", frames.size());
+void GraphPlan::runFrames(const std::vector<Frame> &frames, float *anomalyMap, float *predScore,
+                          double *prepareMs) {
+    using Clock = std::chrono::steady_clock;
+    if (!mResize) {
+        throw inputError("frames: expected none, the plan has no front; got ", frames.size());
     }
+    const Graph &graph = graphOf("frames", static_cast<int>(frames.size()));
     Entered entered(mContext);
     waitForQueued(mStream);
     try {
         for (size_t i = 0; i < frames.size(); ++i) {
+            Clock::time_point start = Clock::now();
             mResize->put(static_cast<int>(i), frames[i]);
+            if (prepareMs != nullptr) {
+                prepareMs[i] = std::chrono::duration<double, std::milli>(Clock::now() - start).count();
+            }
         }
-        replay(anomalyMap, predScore);
+        replay(graph, anomalyMap, predScore);
     } catch (...) {
         mDriver.free(mDriver.api.cuStreamSynchronize, mStream);
         throw;
@@ -180,23 +204,23 @@ void GraphPlan::runFrames(const std::vector<Frame> &frames, float *anomalyMap, f
 }
 
 // The graph on the input that is on the GPU or on its way.
-void GraphPlan::replay(float *anomalyMap, float *predScore) {
-    mDriver.call(mDriver.api.cuGraphLaunch, mGraph, mStream);
+void GraphPlan::replay(const Graph &graph, float *anomalyMap, float *predScore) {
+    mDriver.call(mDriver.api.cuGraphLaunch, graph.executable, mStream);
     for (int index : {mAnomalyMap, mPeaks}) {
         mDriver.call(mDriver.api.cuMemcpyDtoHAsync_v2, static_cast<void *>(mPinned[index]), mAddresses[index],
-                     static_cast<size_t>(plan().buffers[index].bytes()), mStream);
+                     bytes(index, graph.images), mStream);
     }
     mDriver.call(mDriver.api.cuStreamSynchronize, mStream);
     mHasQueued = false;  // and waited for
-    std::memcpy(anomalyMap, mPinned[mAnomalyMap], plan().buffers[mAnomalyMap].bytes());
-    copyScores(predScore);
+    std::memcpy(anomalyMap, mPinned[mAnomalyMap], bytes(mAnomalyMap, graph.images));
+    copyScores(graph.images, predScore);
 }
 
 // The largest of each image's peaks; of those with a NaN it is NaN.
-void GraphPlan::copyScores(float *predScore) const {
+void GraphPlan::copyScores(int images, float *predScore) const {
     auto peaks = reinterpret_cast<const float *>(mPinned[mPeaks]);
     int64_t tiles = plan().buffers[mPeaks].shape[1];
-    for (int image = 0; image < plan().batch; ++image, peaks += tiles) {
+    for (int image = 0; image < images; ++image, peaks += tiles) {
         float most = peaks[0];
         for (int64_t i = 1; i < tiles; ++i) {
             most = std::isnan(peaks[i]) || peaks[i] > most ? peaks[i] : most;
@@ -211,18 +235,20 @@ void GraphPlan::waitForQueued(CudaStream stream) {
     }
 }
 
-void GraphPlan::enqueue(CudaStream stream, CudaAddress pixels, CudaAddress anomalyMap, CudaAddress peaks) {
+void GraphPlan::enqueue(CudaStream stream, int images, CudaAddress pixels, CudaAddress anomalyMap,
+                        CudaAddress peaks) {
+    Graph &graph = graphOf("images", images);
     Entered entered(mContext);
     int status = kCAPTURE_STATUS_NONE;
     mDriver.call(mDriver.api.cuStreamIsCapturing, stream, &status);
     if (status != kCAPTURE_STATUS_NONE) {  // an event of outside would end the capture
-        queue(stream, true, pixels, anomalyMap, peaks);
+        queue(graph, stream, true, pixels, anomalyMap, peaks);
         return;
     }
     waitForQueued(stream);
     mHasQueued = true;
     try {
-        queue(stream, false, pixels, anomalyMap, peaks);
+        queue(graph, stream, false, pixels, anomalyMap, peaks);
     } catch (...) {
         mDriver.free(mDriver.api.cuEventRecord, mQueued, stream);  // part of it may be on its way
         throw;
@@ -230,17 +256,16 @@ void GraphPlan::enqueue(CudaStream stream, CudaAddress pixels, CudaAddress anoma
     mDriver.call(mDriver.api.cuEventRecord, mQueued, stream);
 }
 
-void GraphPlan::queue(CudaStream stream, bool capturing, CudaAddress pixels, CudaAddress anomalyMap,
-                      CudaAddress peaks) {
+void GraphPlan::queue(Graph &graph, CudaStream stream, bool capturing, CudaAddress pixels,
+                      CudaAddress anomalyMap, CudaAddress peaks) {
     auto copy = [&](CudaAddress target, CudaAddress source, int index) {
-        size_t bytes = plan().buffers[index].bytes();
-        mDriver.call(mDriver.api.cuMemcpyDtoDAsync_v2, target, source, bytes, stream);
+        mDriver.call(mDriver.api.cuMemcpyDtoDAsync_v2, target, source, bytes(index, graph.images), stream);
     };
     copy(mAddresses[mPixels], pixels, mPixels);
     if (capturing) {
-        launch(stream);
+        launch(graph, stream);
     } else {
-        mDriver.call(mDriver.api.cuGraphLaunch, mGraph, stream);
+        mDriver.call(mDriver.api.cuGraphLaunch, graph.executable, stream);
     }
     copy(anomalyMap, mAddresses[mAnomalyMap], mAnomalyMap);
     copy(peaks, mAddresses[mPeaks], mPeaks);

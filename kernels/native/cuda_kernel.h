@@ -44,7 +44,7 @@ private:
 // Functions of kernels, of equal machine code from one module; `owned` unloads them.
 class Kernels {
 public:
-    Kernels(const PrimaryContext &context, Owned &owned) : mContext(context), mOwned(owned) {}
+    Kernels(const Context &context, Owned &owned) : mContext(context), mOwned(owned) {}
 
     // Throws an engine error if the GPU has too little shared memory for it.
     CudaFunction load(const Kernel &kernel);
@@ -52,7 +52,7 @@ public:
 private:
     CudaModule module(const std::string &cubin);
 
-    const PrimaryContext &mContext;
+    const Context &mContext;
     Owned &mOwned;
     int mMostShared = -1;
     std::map<Kernel, CudaFunction> mFunctions;

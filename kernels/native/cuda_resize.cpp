@@ -25,6 +25,10 @@ void checkFrame(const Frame &frame) {
                          frame.columns, " pixels, ", frame.rowBytes, " bytes apart",
                          frame.bgr == nullptr ? ", at no address" : "");
     }
+    if (frame.place != Place::kHOST && frame.rowBytes != 3 * frame.columns) {
+        throw inputError("frame: expected rows that follow each other on the GPU, got rows of ", frame.columns,
+                         " pixels, ", frame.rowBytes, " bytes apart; copy it to that, or pass it from the host");
+    }
 }
 
 }  // namespace
@@ -40,24 +44,32 @@ CudaResize::CudaResize(Driver &driver, CudaStream stream, const Plan &plan, cons
       mLaunch(*plan.front, kernel, function, addresses),
       mFrameParameter(parameterOf(plan, "frame")),
       mPixelsParameter(parameterOf(plan, "pixels")) {
-    driver.call(driver.api.cuEventCreate, &mCopied, kEVENT_DISABLE_TIMING);
-}
-
-CudaResize::~CudaResize() {
-    mStagingMemory.close();
-    mDriver.free(mDriver.api.cuEventDestroy_v2, mCopied);
+    for (CudaEvent *event : {&mCopied, &mWritten}) {
+        driver.call(driver.api.cuEventCreate, event, kEVENT_DISABLE_TIMING);
+        mEvents.add([&driver, made = *event] { driver.free(driver.api.cuEventDestroy_v2, made); });
+    }
 }
 
 void CudaResize::put(int index, const Frame &frame) {
     checkFrame(frame);
+    waitFor(frame);
     if (frame.rows != mTableRows || frame.columns != mTableColumns) {
         writeTables(frame.rows, frame.columns);
     }
-    stage(frame);
+    CudaAddress source = frame.place == Place::kHOST ? stage(frame) : reinterpret_cast<CudaAddress>(frame.bgr);
     auto imageBytes = static_cast<CudaAddress>(mPlan.height) * mPlan.width * 3;
-    mLaunch.move(mFrameParameter, mStagingAddress);
+    mLaunch.move(mFrameParameter, source);
     mLaunch.move(mPixelsParameter, mAddresses[mPlan.find("pixels")] + index * imageBytes);
     mLaunch.start(mDriver, mStream, false);
+}
+
+void CudaResize::waitFor(const Frame &frame) {
+    if (frame.place == Place::kGPU_AFTER_STREAM) {
+        mDriver.call(mDriver.api.cuEventRecord, mWritten, frame.stream);
+        mDriver.call(mDriver.api.cuStreamWaitEvent, mStream, mWritten, 0u);
+    } else if (frame.place == Place::kGPU_AFTER_ALL) {
+        mDriver.call(mDriver.api.cuCtxSynchronize);
+    }
 }
 
 void CudaResize::writeTables(int64_t rows, int64_t columns) {
@@ -77,7 +89,8 @@ void CudaResize::writeTables(int64_t rows, int64_t columns) {
     mTableRows = rows, mTableColumns = columns;
 }
 
-void CudaResize::stage(const Frame &frame) {
+// Its address on the GPU, to which it is on the way.
+CudaAddress CudaResize::stage(const Frame &frame) {
     size_t row = 3 * static_cast<size_t>(frame.columns), bytes = row * static_cast<size_t>(frame.rows);
     mDriver.call(mDriver.api.cuEventSynchronize, mCopied);
     if (bytes > mStagingBytes) {
@@ -87,6 +100,7 @@ void CudaResize::stage(const Frame &frame) {
         std::memcpy(mStaging + y * row, frame.bgr + y * frame.rowBytes, row);
     }
     copy(mStagingAddress, mStaging, bytes);
+    return mStagingAddress;
 }
 
 void CudaResize::grow(size_t bytes) {

@@ -8,7 +8,7 @@
 
 namespace omniad {
 
-enum class Status { kOK, kINPUT, kBUNDLE, kENGINE, kMEMORY, kINTERNAL };  // as omniad_status
+enum class Status { kOK, kINPUT, kBUNDLE, kENGINE, kMEMORY, kINTERNAL, kLOST };  // as omniad_status
 
 class Error : public std::runtime_error {
 public:

@@ -39,16 +39,17 @@ int main(int count, char **arguments) {
         return 2;
     }
     omniad_runtime *opened = nullptr;
-    if (!succeeded(omniad_open(arguments[1], 0, 1, &opened))) {
+    const int batch = 1;
+    if (!succeeded(omniad_open(arguments[1], 0, &batch, 1, &opened))) {
         return 1;
     }
     std::unique_ptr<omniad_runtime, Close> runtime(opened);
-    omniad_sizes sizes;
-    if (!succeeded(omniad_get_sizes(opened, &sizes))) {
+    omniad_info info;
+    if (!succeeded(omniad_get_info(opened, &info))) {
         return 1;
     }
     std::vector<uint8_t> frame(static_cast<size_t>(rows) * columns * 3);
-    std::vector<float> anomaly_map(static_cast<size_t>(sizes.height) * sizes.width);
+    std::vector<float> anomaly_map(static_cast<size_t>(info.height) * info.width);
     std::unique_ptr<std::FILE, int (*)(std::FILE *)> file(std::fopen(arguments[2], "rb"), std::fclose);
     if (!file) {
         std::perror(arguments[2]);
@@ -56,9 +57,9 @@ int main(int count, char **arguments) {
     }
     size_t read = 0;
     while ((read = std::fread(frame.data(), 1, frame.size(), file.get())) == frame.size()) {
-        omniad_frame given = {frame.data(), rows, columns, 3 * columns};
+        omniad_frame given = {frame.data(), rows, columns, 3 * columns, OMNIAD_HOST, nullptr};
         float score = 0;
-        if (!succeeded(omniad_run_frames(opened, &given, 1, anomaly_map.data(), &score))) {
+        if (!succeeded(omniad_run_frames(opened, &given, 1, anomaly_map.data(), &score, nullptr))) {
             return 1;
         }
         std::printf("%.9g\n", score);

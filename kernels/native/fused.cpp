@@ -1,5 +1,7 @@
 #include "fused.h"
 
+#include <algorithm>
+
 #include "error.h"
 #include "pack.h"
 #include "schedule.h"
@@ -75,16 +77,18 @@ std::vector<std::string> packWeights(const Plan &plan, const Tensors &tensors) {
 
 }  // namespace
 
-Content readContent(const Bundle &bundle, int architecture, int batch) {
+Content readContent(const Bundle &bundle, int architecture, const std::vector<int> &batches) {
     expectKernels(bundle, architecture);
     Content made;
+    made.batches = batches;
     Plan written = readPart(bundle, kPLAN, [&](std::string_view file) {
         Plan plan = parsePlan(file);
-        if (plan.height != bundle.height() || plan.width != bundle.width()) {
+        bool known = bundle.height() != 0;
+        if (known && (plan.height != bundle.height() || plan.width != bundle.width())) {
             throw bundleError("expected the manifest's ", bundle.height(), " x ", bundle.width(), ", got ",
                               plan.height, " x ", plan.width);
         }
-        made.plan = forBatch(plan, batch);
+        made.plan = forBatch(plan, *std::max_element(batches.begin(), batches.end()));
         return plan;
     });
     made.kernels = readKernels(bundle, architecture, written);
@@ -94,27 +98,35 @@ Content readContent(const Bundle &bundle, int architecture, int batch) {
     return made;
 }
 
-FusedRuntime::FusedRuntime(const std::string &path, int device, int batch) : mContext(mDriver, device) {
-    if (batch < 1 || batch > kMAX_BATCH) {
-        throw inputError("batch: expected 1 to ", kMAX_BATCH, ", got ", batch);
+FusedRuntime::FusedRuntime(const Bundle &bundle, int device, const std::vector<int> &batches)
+    : mContext(mDriver, device) {
+    if (batches.empty()) {
+        throw inputError("batches: expected at least one, got none");
     }
-    Bundle bundle(path);
-    mGraph = std::make_unique<GraphPlan>(mContext, readContent(bundle, mContext.architecture(), batch));
+    for (int batch : batches) {
+        if (batch < 1 || batch > kMAX_BATCH) {
+            throw inputError("batches: expected numbers from 1 to ", kMAX_BATCH, ", got ", batch);
+        }
+    }
+    int architecture = architectureOf(mDriver, mContext.device());
+    mGraph = std::make_unique<GraphPlan>(mContext, readContent(bundle, architecture, batches));
 }
 
-void FusedRuntime::run(const uint8_t *pixels, float *anomalyMap, float *predScore) {
+void FusedRuntime::run(int images, const uint8_t *pixels, float *anomalyMap, float *predScore) {
     std::lock_guard turn(mTurn);
-    mGraph->run(pixels, anomalyMap, predScore);
+    mGraph->run(images, pixels, anomalyMap, predScore);
 }
 
-void FusedRuntime::runFrames(const std::vector<Frame> &frames, float *anomalyMap, float *predScore) {
+void FusedRuntime::runFrames(const std::vector<Frame> &frames, float *anomalyMap, float *predScore,
+                             double *prepareMs) {
     std::lock_guard turn(mTurn);
-    mGraph->runFrames(frames, anomalyMap, predScore);
+    mGraph->runFrames(frames, anomalyMap, predScore, prepareMs);
 }
 
-void FusedRuntime::enqueue(CudaStream stream, CudaAddress pixels, CudaAddress anomalyMap, CudaAddress peaks) {
+void FusedRuntime::enqueue(CudaStream stream, int images, CudaAddress pixels, CudaAddress anomalyMap,
+                           CudaAddress peaks) {
     std::lock_guard turn(mTurn);
-    mGraph->enqueue(stream, pixels, anomalyMap, peaks);
+    mGraph->enqueue(stream, images, pixels, anomalyMap, peaks);
 }
 
 }  // namespace omniad

@@ -12,23 +12,27 @@ namespace omniad {
 
 constexpr int kMAX_BATCH = 64;
 
-// The plan, kernels and weights for a GPU like 90 for sm_90. Throws an engine error if the bundle has none for it.
-Content readContent(const Bundle &bundle, int architecture, int batch);
+// The plan, kernels and weights for a GPU like 90 for sm_90, to be run on one of these numbers of images. Throws
+// an engine error if the bundle has none for it.
+Content readContent(const Bundle &bundle, int architecture, const std::vector<int> &batches);
 
 // Safe to call from several threads: they take turns.
 class FusedRuntime {
 public:
-    FusedRuntime(const std::string &path, int device, int batch);
+    // The bundle may go afterwards. device: an ordinal, or kCALLERS_DEVICE
+    FusedRuntime(const Bundle &bundle, int device, const std::vector<int> &batches);
 
     const Plan &plan() const { return mGraph->plan(); }
-    void run(const uint8_t *pixels, float *anomalyMap, float *predScore);
-    void runFrames(const std::vector<Frame> &frames, float *anomalyMap, float *predScore);
-    void enqueue(CudaStream stream, CudaAddress pixels, CudaAddress anomalyMap, CudaAddress peaks);
+    CudaDevice device() const { return mContext.device(); }
+    CudaStream stream() const { return mGraph->stream(); }
+    void run(int images, const uint8_t *pixels, float *anomalyMap, float *predScore);
+    void runFrames(const std::vector<Frame> &frames, float *anomalyMap, float *predScore, double *prepareMs);
+    void enqueue(CudaStream stream, int images, CudaAddress pixels, CudaAddress anomalyMap, CudaAddress peaks);
 
 private:
     std::mutex mTurn;
     Driver mDriver;
-    PrimaryContext mContext;
+    Context mContext;
     std::unique_ptr<GraphPlan> mGraph;
 };
 

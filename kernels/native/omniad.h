@@ -14,6 +14,8 @@
 extern "C" {
 #endif
 
+#define OMNIAD_ABI 2 /* of this header; counts up with every change that a caller would have to follow */
+
 #if defined(__GNUC__)
 #define OMNIAD_API __attribute__((visibility("default")))
 #else
@@ -27,54 +29,96 @@ typedef enum omniad_status {
     OMNIAD_ENGINE_ERROR = 3,   /* no GPU, no driver, no kernels for this GPU, or the GPU failed */
     OMNIAD_MEMORY_ERROR = 4,   /* the host has too little memory */
     OMNIAD_INTERNAL_ERROR = 5, /* a mistake in this library */
+    OMNIAD_LOST_ERROR = 6,     /* the GPU or its context is lost for good: the process has to be started anew */
 } omniad_status;
 
 typedef struct omniad_runtime omniad_runtime;
 
-/* peaks: values for each image, whose largest is its score. The sizes in bytes are of all images of the batch. */
-typedef struct omniad_sizes {
-    int32_t batch, height, width, peaks;
-    size_t pixels_bytes, anomaly_map_bytes, peaks_bytes;
-} omniad_sizes;
+/* Instead of a device's ordinal: the context of the calling thread, which must outlive the runtime; of a thread
+ * that has none, the primary context of device 0. */
+#define OMNIAD_CALLERS_DEVICE (-1)
 
-/* A frame on the host: uint8 BGR (rows, columns, 3); row_bytes from a row's start to the next one's. */
+/* A part of a bundle, like "fused/plan.json". */
+typedef struct omniad_part {
+    const char *name;
+    const void *content;
+    size_t bytes;
+} omniad_part;
+
+/* Sizes of one image. peaks: values whose largest is its score. device: its ordinal; stream: that of the runs
+ * (a CUstream), for who lets it wait until a frame on the GPU is written. */
+typedef struct omniad_info {
+    int32_t device, height, width, peaks;
+    size_t pixels_bytes, anomaly_map_bytes, peaks_bytes;
+    void *stream;
+} omniad_info;
+
+/* Where a frame lies, and if on the GPU, when it is written. */
+typedef enum omniad_place {
+    OMNIAD_HOST = 0,
+    OMNIAD_GPU = 1,              /* it is written, or `omniad_info.stream` waits for it already */
+    OMNIAD_GPU_AFTER_STREAM = 2, /* by what the frame's stream has been given to do */
+    OMNIAD_GPU_AFTER_ALL = 3,    /* by anything that the context has been given to do */
+} omniad_place;
+
+/* A frame: uint8 BGR (rows, columns, 3); row_bytes from a row's start to the next one's. On the GPU it is read
+ * where it lies, and its rows follow each other: row_bytes == 3 * columns. */
 typedef struct omniad_frame {
-    const uint8_t *bgr;
+    const uint8_t *bgr; /* or an address on the GPU */
     int64_t rows, columns, row_bytes;
+    omniad_place place;
+    void *stream; /* of OMNIAD_GPU_AFTER_STREAM */
 } omniad_frame;
 
 /* Like "0.1.0". */
 OMNIAD_API const char *omniad_version(void);
 
+/* OMNIAD_ABI of the header that the library was built with. */
+OMNIAD_API int omniad_abi(void);
+
 /* Words for this thread's last failure: what was expected, what came, what to do. Valid until its next one. */
 OMNIAD_API const char *omniad_last_error(void);
 
+/* Like 90 for sm_90: for which a bundle must have kernels. device: as in omniad_open */
+OMNIAD_API omniad_status omniad_get_architecture(int device, int *architecture);
+
 /* Everything that takes time or memory: reads and checks the bundle, loads its kernels and weights, captures the
- * launches in a CUDA graph. device: the ordinal of the CUDA driver; its primary context is used.
- * batch: images a run, 1 to 64. On failure *runtime is NULL. */
-OMNIAD_API omniad_status omniad_open(const char *path, int device, int batch, omniad_runtime **runtime);
+ * launches in a CUDA graph for each of `count` batch sizes. On failure *runtime is NULL.
+ * device: an ordinal of the CUDA driver, whose primary context is used, or OMNIAD_CALLERS_DEVICE
+ * batches: how many images a run may have, each 1 to 64; they share weights and memory: that of the largest
+ * The bundle's self-test images are not computed: fused/self_test.npz is compressed, which nothing here reads.
+ * The Python engine does it with `omniad_run_frames`, whose results it compares with the maps in that file. */
+OMNIAD_API omniad_status omniad_open(const char *path, int device, const int *batches, int count,
+                                     omniad_runtime **runtime);
+
+/* The same of a bundle that the caller has read and checked; its parts may go afterwards. Needed are
+ * fused/plan.json, fused/sm_XX.bin and .json of this GPU, and weights.onnx. */
+OMNIAD_API omniad_status omniad_open_parts(const omniad_part *parts, int part_count, int device,
+                                           const int *batches, int count, omniad_runtime **runtime);
 
 /* Frees everything; NULL is allowed. No other thread may be using it, nor a graph that captured `omniad_enqueue`.
  */
 OMNIAD_API omniad_status omniad_close(omniad_runtime *runtime);
 
-OMNIAD_API omniad_status omniad_get_sizes(const omniad_runtime *runtime, omniad_sizes *sizes);
+OMNIAD_API omniad_status omniad_get_info(const omniad_runtime *runtime, omniad_info *info);
 
-/* All on the host, done when it returns.
- * pixels: (batch, height, width, 3) uint8 RGB; anomaly_map: (batch, height, width); pred_score: (batch) */
-OMNIAD_API omniad_status omniad_run(omniad_runtime *runtime, const uint8_t *pixels, float *anomaly_map,
+/* All on the host, done when it returns. images: one of the batch sizes
+ * pixels: (images, height, width, 3) uint8 RGB; anomaly_map: (images, height, width); pred_score: (images) */
+OMNIAD_API omniad_status omniad_run(omniad_runtime *runtime, int images, const uint8_t *pixels, float *anomaly_map,
                                     float *pred_score);
 
-/* The same of `count` == batch frames of any sizes, which are resized on the GPU. */
+/* The same of frames of any sizes, which are resized on the GPU. count: one of the batch sizes
+ * prepare_ms: (count), what the host took until each was on its way to that; or NULL */
 OMNIAD_API omniad_status omniad_run_frames(omniad_runtime *runtime, const omniad_frame *frames, int count,
-                                           float *anomaly_map, float *pred_score);
+                                           float *anomaly_map, float *pred_score, double *prepare_ms);
 
-/* Queues a run on a stream of the device's primary context (a CUstream, or a cudaStream_t) and returns: it waits
- * for nothing, allocates nothing, loads nothing. The arguments are addresses on that GPU:
- * pixels: (batch, height, width, 3) uint8 RGB; anomaly_map: (batch, height, width) fp32; peaks: (batch, peaks)
- * fp32 Runs of one runtime on several streams follow each other. If the stream is being captured the launches
- * become part of that graph; then it is the caller who keeps runs of this runtime apart. */
-OMNIAD_API omniad_status omniad_enqueue(omniad_runtime *runtime, void *stream, uint64_t pixels,
+/* Queues a run on a stream of the runtime's context (a CUstream, or a cudaStream_t) and returns: it waits for
+ * nothing, allocates nothing, loads nothing. images: one of the batch sizes
+ * The other arguments are addresses on that GPU: pixels: (images, height, width, 3) uint8 RGB;
+ * anomaly_map: (images, height, width) fp32; peaks: (images, peaks) fp32
+ * Runs of one runtime on several streams follow each other. If the stream is being captured the launches become
+ * part of that graph; then it is the caller who keeps runs of this runtime apart. */
+OMNIAD_API omniad_status omniad_enqueue(omniad_runtime *runtime, void *stream, int images, uint64_t pixels,
                                         uint64_t anomaly_map, uint64_t peaks);
 
 #ifdef __cplusplus

@@ -1,7 +1,7 @@
-"""The package's wheel with the native runtime in it, for machines such as Jetsons that need not compile it.
+"""The package's wheel with the native runtime of another machine in it, such as a Jetson that need not compile it.
 
     python -m build --wheel --outdir build/wheel
-    python kernels/native/platform_wheel.py build/wheel/*-none-any.whl build/aarch64/libomniad_runtime.so
+    python kernels/native/platform_wheel.py build/wheel/*.whl build/aarch64/libomniad_runtime.so
 
 writes build/wheel/omniad_edge-VERSION-py3-none-manylinux_2_35_aarch64.whl. Needs the standard library alone.
 """
@@ -33,17 +33,20 @@ def main(arguments: list[str]) -> int:
 
 
 def add_library(wheel: Path, library: Path) -> Path:
-    """The new wheel, beside the one for any platform. Raises ValueError for files that are not such."""
-    if not wheel.name.endswith("-py3-none-any.whl"):
-        raise ValueError(f"{wheel}: expected a wheel for any platform, like omniad_edge-0.1.0-py3-none-any.whl")
+    """The new wheel, beside the given one, in which the library may be that of this machine.
+
+    Raises ValueError for files that are not such.
+    """
+    if not (named := re.fullmatch(r"(.+-py3-none)-\w+\.whl", wheel.name)):
+        raise ValueError(f"{wheel}: expected a wheel for any Python, like omniad_edge-0.1.0-py3-none-any.whl")
     tag = platform_tag(library)
-    made = wheel.with_name(wheel.name.replace("-any.whl", f"-{tag}.whl"))
+    made = wheel.with_name(f"{named[1]}-{tag}.whl")
     with zipfile.ZipFile(wheel) as given:
         contents = {info.filename: given.read(info) for info in given.infolist()}
     (record,) = (name for name in contents if name.endswith(".dist-info/RECORD"))
     described = record.replace("RECORD", "WHEEL")
     del contents[record]
-    text = contents[described].replace(b"Tag: py3-none-any", f"Tag: py3-none-{tag}".encode())
+    text = re.sub(rb"Tag: py3-none-\w+", f"Tag: py3-none-{tag}".encode(), contents[described])
     contents[described] = text.replace(b"Root-Is-Purelib: true", b"Root-Is-Purelib: false")
     contents[LIBRARY] = library.read_bytes()
     lines = [f"{name},{digest(content)},{len(content)}\n" for name, content in contents.items()]
