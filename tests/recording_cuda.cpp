@@ -83,6 +83,18 @@ EXPORT int cuDevicePrimaryCtxRelease_v2(CudaDevice) {
     return late;
 }
 
+EXPORT int cuCtxGetCurrent(CudaContext *context) {
+    ENTER("cuCtxGetCurrent", false)
+    *context = reinterpret_cast<CudaContext>(contexts.empty() ? 0 : contexts.back());
+    return 0;
+}
+
+EXPORT int cuCtxGetDevice(CudaDevice *device) {
+    ENTER("cuCtxGetDevice")
+    *device = 0;
+    return 0;
+}
+
 EXPORT int cuCtxPushCurrent_v2(CudaContext context) {
     ENTER("cuCtxPushCurrent", false, true)
     contexts.push_back(number(context));

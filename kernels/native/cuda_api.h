@@ -56,6 +56,8 @@ constexpr unsigned int kSTREAM_NON_BLOCKING = 1, kEVENT_DISABLE_TIMING = 2;
     X(cuDeviceGetAttribute, int *, int, CudaDevice)                                \
     X(cuDevicePrimaryCtxRetain, CudaContext *, CudaDevice)                         \
     X(cuDevicePrimaryCtxRelease_v2, CudaDevice)                                    \
+    X(cuCtxGetCurrent, CudaContext *)                                              \
+    X(cuCtxGetDevice, CudaDevice *)                                                \
     X(cuCtxPushCurrent_v2, CudaContext)                                            \
     X(cuCtxPopCurrent_v2, CudaContext *)                                           \
     X(cuMemAlloc_v2, CudaAddress *, size_t)                                        \

@@ -129,13 +129,24 @@ void Driver::fail(const char *function, int status) {
     throw Error(Status::kENGINE, said);
 }
 
-PrimaryContext::PrimaryContext(Driver &driver, int ordinal) : mDriver(driver) {
+Context Context::current(Driver &driver) {
+    Context made(driver);
+    driver.call(driver.api.cuInit, 0u);
+    driver.call(driver.api.cuCtxGetCurrent, &made.mHandle);
+    if (made.mHandle == nullptr) {
+        throw engineError("this thread has no CUDA context; call cudaSetDevice in it first");
+    }
+    driver.call(driver.api.cuCtxGetDevice, &made.mDevice);
+    return made;
+}
+
+PrimaryContext::PrimaryContext(Driver &driver, int ordinal) : Context(driver) {
     driver.call(driver.api.cuInit, 0u);
     driver.call(driver.api.cuDeviceGet, &mDevice, ordinal);
     driver.call(driver.api.cuDevicePrimaryCtxRetain, &mHandle, mDevice);
 }
 
-int PrimaryContext::architecture() const {
+int Context::architecture() const {
     int major = mDriver.attribute(kCOMPUTE_CAPABILITY_MAJOR, mDevice);
     return 10 * major + mDriver.attribute(kCOMPUTE_CAPABILITY_MINOR, mDevice);
 }

@@ -66,13 +66,11 @@ private:
     std::vector<std::function<void()>> mFrees;
 };
 
-// The primary context of a device, which the CUDA runtime API uses too.
-class PrimaryContext {
+// A context of a GPU, whoever keeps it alive.
+class Context {
 public:
-    PrimaryContext(Driver &driver, int ordinal);
-    PrimaryContext(const PrimaryContext &) = delete;
-    PrimaryContext &operator=(const PrimaryContext &) = delete;
-    ~PrimaryContext() { mDriver.free(mDriver.api.cuDevicePrimaryCtxRelease_v2, mDevice); }
+    // That of this thread. Throws an engine error if it has none.
+    static Context current(Driver &driver);
 
     Driver &driver() const { return mDriver; }
     CudaDevice device() const { return mDevice; }
@@ -80,16 +78,27 @@ public:
     // Like 90 for sm_90.
     int architecture() const;
 
-private:
+protected:
+    explicit Context(Driver &driver) : mDriver(driver) {}
+
     Driver &mDriver;
     CudaDevice mDevice = 0;
     CudaContext mHandle = nullptr;
 };
 
+// The primary context of a device, which the CUDA runtime API uses too.
+class PrimaryContext : public Context {
+public:
+    PrimaryContext(Driver &driver, int ordinal);
+    PrimaryContext(const PrimaryContext &) = delete;
+    PrimaryContext &operator=(const PrimaryContext &) = delete;
+    ~PrimaryContext() { mDriver.free(mDriver.api.cuDevicePrimaryCtxRelease_v2, mDevice); }
+};
+
 // The context is current while this lives; afterwards the thread has again what it had before.
 class Entered {
 public:
-    explicit Entered(const PrimaryContext &context) : mDriver(context.driver()) {
+    explicit Entered(const Context &context) : mDriver(context.driver()) {
         mDriver.call(mDriver.api.cuCtxPushCurrent_v2, context.handle());
     }
     Entered(const Entered &) = delete;
