@@ -76,6 +76,9 @@ std::vector<Kernel> PlanNode::loadable() const {
     if (fields.kernels.empty()) {
         throw engineError("kernels: the node has none; build the engine from a bundle exported with --targets");
     }
+    if (fields.arch.rfind("sm_", 0) != 0) {
+        throw bundleError("arch: expected like sm_87, got ", shown(fields.arch));
+    }
     return readField("kernel_index",
                      [&] { return parseKernels(plan, parseJson(fields.kernelIndex), fields.kernels); });
 }
