@@ -189,9 +189,12 @@ def work(plan: Plan, launch: Launch) -> Iterator[str]:
             yield f"{verb}:{place}:{np.prod(plan.buffers[name].shape)}/{launch.programs}"
 
 
-def fused_parts(plan: Plan, weights: bytes, arch: int = 90) -> dict[str, bytes]:
+def fused_parts(
+    plan: Plan, weights: bytes, arch: int = 90, kernels: dict[str, Kernel] | None = None
+) -> dict[str, bytes]:
+    """kernels: by key, instead of stand-ins."""
     code, index = bytearray(), {}
-    for key, kernel in stand_in_kernels(plan, arch):
+    for key, kernel in (kernels or dict(stand_in_kernels(plan, arch))).items():
         index[key] = {"name": kernel.name, "offset": len(code), "bytes": len(kernel.cubin)}
         index[key] |= {"shared_bytes": kernel.shared_bytes, "num_warps": kernel.num_warps}
         code += kernel.cubin

@@ -5,11 +5,15 @@ colons, the plugin is built with the first and driven with each. TensorRT's libr
 """
 
 import ctypes
+import importlib.util
 import json
+import os
 import re
 import shutil
 import subprocess
+import sys
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +21,8 @@ import pytest
 from native_parts import ROOT, VALGRIND, Native, fused_parts, stand_in_kernels, tensorrt_headers
 from test_native_runtime import names
 
+from omniad_edge.kernels.fold import named_arrays
+from omniad_edge.kernels.pack import pack
 from omniad_edge.kernels.plan import Buffer, Call, Launch, Plan
 from omniad_edge.kernels.schedule import arrange, for_batch
 
@@ -44,31 +50,36 @@ def small_plan() -> Plan:
     return arrange(1, 2, 3, buffers, launches)
 
 
-def network_plan(part: str, half: bool) -> Plan:
-    """Of a network's layers: "block", the first Omni-block, or "decoder", with an output for each student map."""
+@cache
+def network():
+    """A small one with all that the decoder of the published one has, and trained-looking weights."""
     pytest.importorskip("triton", reason="a network's plan needs Triton: pip install 'omniad-edge[kernels]'")
     from golden import golden_model
-    from omniad_edge.kernels import network_plan as layers
     from omniad_edge.kernels.fold import fold
 
-    network = fold(golden_model(backbone="resnet18", depths=(1, 1, 1, 1), height=64, width=96))
-    recorder = layers.Recorder(network, 1, half)
-    height, width, channels = 2, 3, 512
-    x = layers.Map(recorder.scratch(height * width, channels, kind="input", name="x"), height, width, channels)
-    if part == "block":
-        maps = [layers.omni_block(recorder, network.stages[0][0], x, network.tokens)]
-    else:
-        maps = layers.decoder(recorder, network, x)
-    outputs = {made.name: replace(recorder.buffers.pop(made.name), kind="output") for made in maps}
-    recorder.buffers |= outputs
+    return fold(golden_model(backbone="resnet18", depths=(1, 1, 1, 1), height=64, width=96))
+
+
+@cache
+def network_plan(part: str, dtype: str) -> Plan:
+    """Of the network's layers: "block", the first Omni-block, or "decoder", with each student map as an output."""
+    given = network()
+    from omniad_edge.kernels.network_plan import Map, Recorder, decoder, omni_block
+
+    recorder = Recorder(given, 1, half=dtype == "float16")
+    height, width, channels = given.height // 32, given.width // 32, len(given.stages[0][0].out_bias)
+    x = Map(recorder.scratch(height * width, channels, kind="input", name="x"), height, width, channels)
+    block = part == "block"
+    for y in [omni_block(recorder, given.stages[0][0], x, given.tokens)] if block else decoder(recorder, given, x):
+        recorder.buffers[y.name] = replace(recorder.buffers.pop(y.name), kind="output")
     return recorder.plan(height, width)
 
 
 def make_plan(kind: str) -> Plan:
-    return small_plan() if kind == "small" else network_plan(*kind.split("-")[:1], half=kind.endswith("half"))
+    return small_plan() if kind == "small" else network_plan(*kind.split())
 
 
-KINDS = ["small", "block-half", "decoder-half", "decoder-float"]
+KINDS = ["small", "block float16", "decoder float16", "decoder float32"]
 
 
 @dataclass(frozen=True)
@@ -80,10 +91,12 @@ class Node:
     arch: int
 
     @classmethod
-    def write(cls, folder: Path, plan: Plan, arch: int = 90, images: int = 1, **changes: bytes | None) -> "Node":
-        """changes: files with other content, or left out."""
+    def write(
+        cls, folder: Path, plan: Plan, arch: int = 90, images: int = 1, kernels=None, **changes: bytes | None
+    ) -> "Node":
+        """kernels: by key, instead of stand-ins. changes: files with other content, or left out."""
         node = cls(folder, plan, arch)
-        parts = fused_parts(plan, b"", arch)
+        parts = fused_parts(plan, b"", arch, kernels)
         index = json.loads(parts[f"fused/sm_{arch}.json"])["kernels"]
         files = {"plan.char": parts["fused/plan.json"], "arch.char": f"sm_{arch}".encode()}
         files |= {"kernel_index.char": json.dumps(index).encode(), "kernels.int8": parts[f"fused/sm_{arch}.bin"]}
@@ -215,6 +228,8 @@ def test_batches_and_shapes_that_the_plan_cannot_have_are_refused(plugin):
     assert re.findall(r"workspace (-?\d+) (\d+)", made.stdout) == [("-1", str(2**50))] * 2
     assert "batch: expected 1 to 64, got 65" in made.stderr
     tensors = (node.folder / "tensors").read_text()
+    (node.folder / "tensors").write_text(tensors.replace("1 6 8", "1 -1 8", 1))  # known at run time only
+    assert plugin.ask("build", "OmniBlock", node.folder).stdout.count("shapes 0 (") == 2
     for wrong, words in (
         (tensors.replace("1 6 8", "1 7 8", 1), "input 'pixels': expected 6 along axis 1, got 7"),
         (tensors.replace("1 6 8", "1 6 8 1", 1), "input 'pixels': expected 3 axes, got 4"),
@@ -486,3 +501,127 @@ def build_harness(target: Path, headers: Path) -> None:
     command = ["g++", "-std=c++17", "-O0", *folders, *sources, "-o", target, "-ldl"]
     made = subprocess.run(command, capture_output=True, text=True)
     assert made.returncode == 0, made.stderr
+
+
+ASK = """
+import json, sys
+from pathlib import Path
+import numpy as np
+try:
+    import tensorrt as trt
+except ImportError:
+    import tensorrt_bindings as trt
+
+library, node = sys.argv[1], Path(sys.argv[2])
+registry = trt.get_plugin_registry()
+assert registry.load_library(library) is not None
+creator = registry.get_creator("OmniDecoder", "1", "omniad")
+assert [field.name for field in creator.field_names] == ["plan", "arch", "kernel_index", "kernels"]
+types = {name: getattr(trt.PluginFieldType, kind) for name, kind in
+         (("plan", "CHAR"), ("arch", "CHAR"), ("kernel_index", "CHAR"), ("kernels", "INT8"))}
+fields = [trt.PluginField(name, np.fromfile(next(node.glob(name + ".*")), np.int8), kind)
+          for name, kind in types.items()]
+for phase in (trt.TensorRTPhase.BUILD, trt.TensorRTPhase.RUNTIME):
+    assert creator.create_plugin("node", trt.PluginFieldCollection(fields[1:]), phase) is None
+    plugin = creator.create_plugin("node", trt.PluginFieldCollection(fields), phase)
+    assert isinstance(plugin, trt.IPluginV3)
+core = plugin.get_capability_interface(trt.PluginCapabilityType.CORE)
+if core is not None:  # the bindings of 10.3 give none of a C++ plugin
+    assert (core.plugin_name, core.plugin_namespace, core.plugin_version) == ("OmniDecoder", "omniad", "1")
+    build = plugin.get_capability_interface(trt.PluginCapabilityType.BUILD)
+    assert build.num_outputs == int(sys.argv[3]) and len(build.timing_cache_id) == 64
+print("TensorRT", trt.__version__)
+"""
+
+
+def test_tensorrts_python_bindings_load_it(plugin):
+    """With TensorRT itself where it is installed, else its bindings alone and a stand-in for its libraries."""
+    node, where = plugin.node(small_plan()), ""
+    if importlib.util.find_spec("tensorrt") is None:
+        bindings = importlib.util.find_spec("tensorrt_bindings")
+        if bindings is None:
+            pytest.skip("neither tensorrt nor its bindings are here: pip install --no-deps tensorrt-cu13-bindings")
+        where = build_stand_in(plugin.native.scratch, Path(bindings.origin))
+    command = [sys.executable, "-c", ASK, plugin.library, node.folder, str(len(node.outputs))]
+    variables = os.environ | {"LD_LIBRARY_PATH": f"{where}:{os.environ.get('LD_LIBRARY_PATH', '')}"}
+    made = subprocess.run(command, capture_output=True, text=True, env=variables)
+    assert made.returncode == 0 and made.stdout.startswith("TensorRT "), made.stderr
+    assert made.stderr.count("omniad: node: plan: not valid JSON") == 2
+
+
+def build_stand_in(folder: Path, bindings: Path) -> Path:
+    """What the bindings link, with headers of their major version; skips without such."""
+    major = re.search(r"__version__ = \"(\d+)", bindings.read_text())[1]
+    for headers in tensorrt_headers():
+        found = re.findall(r"define \w+_MAJOR\w* (\d+)", (headers / "NvInferVersion.h").read_text())
+        if major in found:
+            break
+    else:
+        pytest.skip(f"the bindings are of TensorRT {major}, TENSORRT_INCLUDE_DIR has no headers of that version")
+    made = [folder / f"lib{name}.so.{major}" for name in ("nvinfer", "nvinfer_plugin", "nvonnxparser")]
+    folders = ["-isystem", headers, "-isystem", "/usr/local/cuda/include"]
+    command = ["g++", "-std=c++17", "-O0", "-w", "-shared", "-fPIC", "-fvisibility=hidden", *folders]
+    command += [f"-Wl,-soname,{made[0].name}", "-o", made[0], ROOT / "tests" / "stand_in_nvinfer.cpp"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for link in made[1:]:
+        link.symlink_to(made[0])
+    return folder
+
+
+# On a GPU
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS[1:])
+def test_outputs_on_a_gpu(plugin, kind):
+    """The kernels themselves, compiled for this GPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        pytest.skip("needs an NVIDIA GPU")
+    from omniad_edge.export.cubins import compile_plan
+
+    major, minor = torch.cuda.get_device_capability()
+    arch, plan = 10 * major + minor, make_plan(kind)
+    node = plugin.node(plan, arch=arch, images=3, kernels=dict(compile_plan(plan, arch)), **inputs_of(plan, 3))
+    made = plugin.ask("run", "OmniDecoder", node.folder, 3, LD_LIBRARY_PATH=os.environ.get("LD_LIBRARY_PATH", ""))
+    assert made.returncode == 0, made.stderr
+    check_outputs(node, 3)
+
+
+def inputs_of(plan: Plan, images: int) -> dict[str, bytes]:
+    """Normally distributed maps and the network's weights, packed."""
+    x = np.random.default_rng(0).standard_normal((images, *plan.buffers["x"].shape[1:]))
+    packed = pack(plan, named_arrays(network()))
+    arrays = [x.astype(plan.buffers["x"].dtype), *(packed[name] for name in plan.buffers if name in packed)]
+    return {f"input{place}": array.tobytes() for place, array in enumerate(arrays)}
+
+
+def check_outputs(node: Node, images: int) -> None:
+    """Against float64, allowed twice the error of plain torch in the same dtype."""
+    import torch
+
+    from omniad_edge.kernels.network import TorchOps, decoder, omni_block
+
+    given, plan = network(), node.plan
+    x = np.fromfile(node.folder / "input0", plan.buffers["x"].dtype).reshape(images, *plan.buffers["x"].shape[1:])
+    image = torch.from_numpy(x).transpose(1, 2).unflatten(2, (plan.height, plan.width))
+
+    @torch.inference_mode()
+    def maps(dtype: torch.dtype) -> list[torch.Tensor]:
+        ops = TorchOps(dtype)
+        block = len(node.outputs) == 1
+        made = (
+            [omni_block(ops, given.stages[0][0], image.to(dtype))]
+            if block
+            else decoder(ops, given, image.to(dtype))
+        )
+        return [y.double().flatten(2).transpose(1, 2) for y in made]
+
+    dtype = getattr(torch, plan.buffers["x"].dtype)
+    for place, (truth, plain) in enumerate(zip(maps(torch.float64), maps(dtype), strict=True)):
+        name = node.outputs[place]
+        got = np.fromfile(node.folder / f"output{place}", plan.buffers[name].dtype).reshape(truth.shape)
+        allowed = 2 * (plain - truth).abs().max() + torch.finfo(dtype).eps * truth.abs().max()
+        assert np.abs(got - truth.numpy()).max() <= allowed, name

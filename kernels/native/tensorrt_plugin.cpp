@@ -134,8 +134,9 @@ public:
             for (int32_t i = 0; i < inputCount; ++i) {
                 expectAxes(input(i), inputs[i].nbDims);
                 for (int32_t axis = 0; axis < inputs[i].nbDims; ++axis) {
-                    const IDimensionExpr &size = *inputs[i].d[axis];
-                    expectAxis(input(i), axis, size.isConstant() ? size.getConstantValue() : -1);
+                    if (inputs[i].d[axis]->isConstant()) {  // what is not is checked by onShapeChange
+                        expectAxis(input(i), axis, inputs[i].d[axis]->getConstantValue());
+                    }
                 }
             }
             for (int32_t i = 0; i < outputCount; ++i) {
