@@ -408,8 +408,8 @@ void runBatch(omniad::Driver &driver, IPluginV3 &attached, Node &node, int64_t i
     }
 }
 
-// run NAME NODE BATCH...: each batch in turn by a plugin that was serialised; outputs are appended to NODE/output0 ...
-// A batch like c4 is captured in a graph, which is not run.
+// run NAME NODE BATCH...: each batch in turn by a plugin that was serialised; outputs are appended to files
+// NODE/output0 and on. A batch like c4 is captured in a graph, which is not run.
 int run(const Creators &creators, int count, char **words) {
     Node node(words[1]);
     PluginFieldCollection fields = node.collection();
@@ -441,22 +441,71 @@ int attach(const Creators &creators, char **words) {
     return 0;
 }
 
+// Batches of a plugin in memory that nothing is computed in.
+struct Dry {
+    alignas(256) static char memory[256];
+
+    explicit Dry(Node &node)
+        : node(node), inputs(node.inputs.size(), memory), outputs(node.outputs.size(), memory) {}
+
+    int32_t announce(IPluginV3 &plugin, int64_t images) {
+        node.setImages(images);
+        return running(plugin).onShapeChange(node.inputs.data(), node.inputCount(), node.outputs.data(),
+                                             node.outputCount());
+    }
+    int32_t enqueue(IPluginV3 &plugin, int64_t images) {
+        node.setImages(images);
+        return running(plugin).enqueue(node.inputs.data(), node.outputs.data(), inputs.data(), outputs.data(),
+                                       workspace, nullptr);
+    }
+
+    Node &node;
+    std::vector<const void *> inputs;
+    std::vector<void *> outputs;
+    void *workspace = memory;
+};
+char Dry::memory[256];
+
+void makeContextCurrent() {
+    standIn<int (*)(void *)>("cuCtxPushCurrent_v2")(reinterpret_cast<void *>(77));
+}
+
+// misuse NAME NODE: what a runtime does not do
+int misuse(const Creators &creators, char **words) {
+    Node node(words[1]);
+    PluginFieldCollection fields = node.collection();
+    Plugin plugin = creators.make(words[0], &fields, TensorRTPhase::kRUNTIME);
+    makeContextCurrent();
+    Plugin attached(running(*plugin).attachToContext(nullptr));
+    Dry dry(node);
+    std::printf("%d\n", dry.enqueue(*attached, 1));
+    dry.announce(*attached, 1);
+    std::printf("%d\n", dry.enqueue(*attached, 2));
+    dry.workspace = nullptr;
+    std::printf("%d\n", dry.enqueue(*attached, 1));
+    dry.workspace = Dry::memory;
+    dry.outputs[0] = Dry::memory + 8;
+    std::printf("%d\n", dry.enqueue(*attached, 1));
+    dry.outputs[0] = Dry::memory;
+    dry.inputs[0] = nullptr;
+    std::printf("%d\n", dry.enqueue(*attached, 1));
+    dry.inputs[0] = Dry::memory;
+    std::printf("%d\n", dry.enqueue(*attached, 1));
+    return 0;
+}
+
 // How far a plugin comes: its attachment, two batches.
 const char *life(IPluginV3 &plugin, Node &node) {
-    alignas(256) static char memory[256];
-    std::vector<const void *> inputs(node.inputs.size(), memory);
-    std::vector<void *> outputs(node.outputs.size(), memory);
     Plugin attached(running(plugin).attachToContext(nullptr));
     if (!attached) {
         return "attach";
     }
-    IPluginV3OneRuntime &run = running(*attached);
+    Dry dry(node);
     for (int images = 1; images <= 2; ++images) {
-        node.setImages(images);
-        if (run.onShapeChange(node.inputs.data(), node.inputCount(), node.outputs.data(), node.outputCount())) {
+        if (dry.announce(*attached, images)) {
             return "shape";
         }
-        if (run.enqueue(node.inputs.data(), node.outputs.data(), inputs.data(), outputs.data(), memory, nullptr)) {
+        if (dry.enqueue(*attached, images)) {
             return "enqueue";
         }
     }
@@ -473,7 +522,7 @@ int faults(const Creators &creators, char **words) {
     Plugin plugin = creators.make(words[0], &fields, TensorRTPhase::kBUILD);
     for (int at = 2; at < 1000; ++at) {  // the first call is the harness's own
         fail(at, std::atoi(words[2]));
-        standIn<int (*)(void *)>("cuCtxPushCurrent_v2")(reinterpret_cast<void *>(77));
+        makeContextCurrent();
         int before = alive();
         const char *end = life(*plugin, node);
         if (*name(at) == '\0') {
@@ -510,6 +559,8 @@ int main(int count, char **words) {
         code = run(creators, count, words);
     } else if (verb == "attach") {
         code = attach(creators, words);
+    } else if (verb == "misuse") {
+        code = misuse(creators, words);
     } else if (verb == "faults") {
         code = faults(creators, words);
     }

@@ -1,6 +1,6 @@
 // Lets TensorRT's Python bindings be imported without TensorRT: of what they link, a plugin registry that loads
-// libraries; all else answers with nothing. Serves as libnvinfer, libnvinfer_plugin and libnvonnxparser, of the major
-// version of the headers it is built with.
+// libraries; all else answers with nothing. Serves as libnvinfer, libnvinfer_plugin and libnvonnxparser, of the
+// major version of the headers it is built with.
 #include <NvInfer.h>
 #include <dlfcn.h>
 

@@ -242,6 +242,18 @@ def test_batches_and_shapes_that_the_plan_cannot_have_are_refused(plugin):
         assert made.stdout.startswith("run -1 -1 ") and words in made.stderr
 
 
+def test_a_smaller_batch_may_need_the_larger_workspace(plugin):
+    """Rounded up, its buffers may be packed worse; an engine runs it in the workspace of its largest batch."""
+    buffers = {f"t{i}": Buffer((1, size), "float16", "scratch", 0) for i, size in enumerate((80, 32, 120, 40))}
+    buffers |= {"x": Buffer((1, 1, 4), "float16", "input", 0), "y": Buffer((1, 4), "float16", "output", 0)}
+    used = (("t3",), ("t2",), ("t0", "t1", "t3"), ("t1", "x", "y"))
+    launches = tuple(Launch((Call("a.b", names, (), 1),)) for names in used)
+    plan = arrange(1, 1, 1, buffers, launches)
+    assert scratch_bytes(plan, 5) > scratch_bytes(plan, 6)
+    made = plugin.ask("build", "OmniBlock", plugin.node(plan).folder, 6)
+    assert f"workspace 0 {scratch_bytes(plan, 5)}\n" in made.stdout
+
+
 def test_the_timing_cache_knows_other_kernels(plugin):
     nodes = [plugin.node(small_plan(), f"sm_{arch}", arch=arch) for arch in (87, 90)]
     made = [plugin.ask("build", "OmniBlock", node.folder).stdout for node in nodes]
@@ -349,6 +361,23 @@ def test_without_kernels_nothing_is_attached(plugin):
     made = plugin.ask("run", "OmniBlock", node.folder, 1)
     assert (made.returncode, made.stdout) == (1, "not attached\n")
     assert "the node has none; build the engine from a bundle exported with --targets" in made.stderr
+
+
+def test_runs_that_were_not_announced_or_have_wrong_addresses_are_refused(plugin):
+    made = plugin.ask("misuse", "OmniBlock", plugin.node(small_plan()).folder)
+    assert made.stdout.splitlines() == ["-1"] * 5 + ["0"]
+    for line, words in zip(
+        made.stderr.splitlines(),
+        [
+            "enqueue: expected batch 0 as onShapeChange said, got 1",
+            "enqueue: expected batch 1 as onShapeChange said, got 2",
+            "workspace: expected memory, got none",
+            "buffer 'anomaly_map': expected memory aligned to 16 bytes, got address",
+            "buffer 'pixels': expected memory aligned to 16 bytes, got address 0",
+        ],
+        strict=True,
+    ):
+        assert line.startswith(f"omniad: OmniBlock: {words}")
 
 
 # Failures of the driver

@@ -47,8 +47,8 @@ public:
     // Before the first run, and again for another number of images.
     void arrange(int64_t images);
     int images() const { return mImages; }
-    // Launches and nothing else: a stream that captures may be given. All are addresses on the GPU, in the order of
-    // the node's inputs and outputs; scratch: of `scratchBytes`.
+    // Launches and nothing else, so that a stream that captures may be given. All are addresses on the GPU, in the
+    // order of the node's inputs and outputs; scratch: of `scratchBytes`.
     void launch(const void *const *inputs, void *const *outputs, void *scratch, CudaStream stream);
 
 private:

@@ -1,10 +1,10 @@
 // Omni-blocks and decoders as nodes of a TensorRT engine: each runs a plan of ours, which it carries itself.
 //
 // One library for TensorRT 10.3 to 11.x. What it derives from and reads (IPluginV3 and its capabilities,
-// IPluginCreatorV3One, fields, descriptors, expressions) lies in memory alike in all of them. ILogger, ILoggerFinder
-// and IPluginRegistry do not, and are not touched: words go to stderr, and there is no REGISTER_TENSORRT_PLUGIN. An
-// error recorder could be called, but not kept: who set it may take it back. TensorRT tells its own logger and
-// recorder of every status that is not 0.
+// creators, fields, descriptors, expressions) lies in memory alike in all of them. ILogger, ILoggerFinder and
+// IPluginRegistry do not, and are not touched: words go to stderr, and REGISTER_TENSORRT_PLUGIN is not used. An
+// error recorder does, but is given once and may be gone when it is needed. TensorRT itself reports every status
+// that is not 0.
 #include <NvInferRuntime.h>
 
 #include <array>
