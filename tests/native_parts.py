@@ -29,12 +29,18 @@ VALGRIND = ("valgrind", "-q", "--error-exitcode=99", "--leak-check=full", "--err
 FRONT_BUFFERS = ("frame", "geometry", "row_start", "row_weight", "column_start", "column_weight", "pixels")
 
 
+def tensorrt_headers() -> list[Path]:
+    """Folders of NvInferRuntime.h, of one TensorRT or several: the plugin is built with the first."""
+    return [Path(folder) for folder in os.environ.get("TENSORRT_INCLUDE_DIR", "").split(os.pathsep) if folder]
+
+
 def build_native(folder: Path) -> Path:
     """Everything of CMakeLists.txt, in `folder`; skips without its tools."""
     for tool in ("cmake", "g++"):
         if shutil.which(tool) is None:
             pytest.skip(f"the native runtime is built with cmake and g++; {tool} is not on this machine")
     options = ["-DOMNIAD_NATIVE_TESTS=ON", "-DCMAKE_BUILD_TYPE=Debug", "-DCMAKE_CXX_FLAGS=-O1 -Werror"]
+    options += [f"-DTensorRT_INCLUDE_DIR={headers}" for headers in tensorrt_headers()[:1]]
     for command in (["cmake", "-S", ROOT, "-B", folder, *options], ["cmake", "--build", folder, "-j1"]):
         made = subprocess.run(command, capture_output=True, text=True)
         assert made.returncode == 0, made.stdout + made.stderr
@@ -183,9 +189,12 @@ def work(plan: Plan, launch: Launch) -> Iterator[str]:
             yield f"{verb}:{place}:{np.prod(plan.buffers[name].shape)}/{launch.programs}"
 
 
-def fused_parts(plan: Plan, weights: bytes, arch: int = 90) -> dict[str, bytes]:
+def fused_parts(
+    plan: Plan, weights: bytes, arch: int = 90, kernels: dict[str, Kernel] | None = None
+) -> dict[str, bytes]:
+    """kernels: by key, instead of stand-ins."""
     code, index = bytearray(), {}
-    for key, kernel in stand_in_kernels(plan, arch):
+    for key, kernel in (kernels or dict(stand_in_kernels(plan, arch))).items():
         index[key] = {"name": kernel.name, "offset": len(code), "bytes": len(kernel.cubin)}
         index[key] |= {"shared_bytes": kernel.shared_bytes, "num_warps": kernel.num_warps}
         code += kernel.cubin

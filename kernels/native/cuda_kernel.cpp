@@ -8,7 +8,27 @@ namespace {
 constexpr int kSHARED_BYTES_UNASKED = 48 * 1024;  // a kernel gets more only if it asks
 constexpr int kWARP = 32;
 
+Kernel parseKernel(const Json &entry, std::string_view code) {
+    entry.expectKeys({"name", "offset", "bytes", "shared_bytes", "num_warps"});
+    Kernel made;
+    made.name = entry.at("name").string();
+    auto size = static_cast<int64_t>(code.size());
+    int64_t offset = entry.at("offset").integer(0, size), bytes = entry.at("bytes").integer(1, size - offset);
+    made.cubin = code.substr(offset, bytes);
+    made.sharedBytes = static_cast<int>(entry.at("shared_bytes").integer(0, INT32_MAX));
+    made.numWarps = static_cast<int>(entry.at("num_warps").integer(1, 32));
+    return made;
+}
+
 }  // namespace
+
+std::vector<Kernel> parseKernels(const Plan &plan, const Json &index, std::string_view code) {
+    std::vector<Kernel> made;
+    for (const Launch *launch : plan.allLaunches()) {
+        made.push_back(parseKernel(index.at(plan.kernelKey(*launch)), code));
+    }
+    return made;
+}
 
 // As kernels/jit.py's `step` is compiled to take them: of one call its buffers; of two, those of the first, how
 // many programs it has, those of the second. Behind them Triton appends two pointers to memory that no kernel here
@@ -21,17 +41,28 @@ LoadedLaunch::LoadedLaunch(const Launch &launch, const Kernel &kernel, CudaFunct
       mSharedBytes(static_cast<unsigned int>(kernel.sharedBytes)) {
     for (const Call &call : launch.calls) {
         if (&call != &launch.calls.front()) {
-            mValues.push_back(static_cast<CudaAddress>(launch.calls.front().programs));
+            mBuffers.push_back(kNO_BUFFER);
+            mValues.resize(mBuffers.size(), static_cast<CudaAddress>(launch.calls.front().programs));
         }
         for (int index : call.buffers) {
             if (index != kNO_BUFFER) {
-                mValues.push_back(addresses[index]);
+                mBuffers.push_back(index);
             }
         }
+        mValues.resize(mBuffers.size());
     }
+    setAddresses(addresses);
     mValues.resize(mValues.size() + 2);
     for (CudaAddress &value : mValues) {
         mPlaces.push_back(&value);
+    }
+}
+
+void LoadedLaunch::setAddresses(const std::vector<CudaAddress> &addresses) {
+    for (size_t i = 0; i < mBuffers.size(); ++i) {
+        if (mBuffers[i] != kNO_BUFFER) {
+            mValues[i] = addresses[mBuffers[i]];
+        }
     }
 }
 

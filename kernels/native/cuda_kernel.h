@@ -6,9 +6,12 @@
 #include <tuple>
 
 #include "cuda_driver.h"
+#include "json.h"
 #include "plan.h"
 
 namespace omniad {
+
+constexpr int kPDL_FROM = 90;  // the first architecture with programmatic dependent launch
 
 // Compiled for one architecture: entry point, machine code, what a launch of it needs.
 struct Kernel {
@@ -21,6 +24,10 @@ struct Kernel {
     }
 };
 
+// One for each launch of `plan.allLaunches()`; the same one may repeat. index: their places in `code`, as the
+// exporter writes them, by key.
+std::vector<Kernel> parseKernels(const Plan &plan, const Json &index, std::string_view code);
+
 // A launch with everything that the driver asks for, so that starting it takes no memory.
 class LoadedLaunch {
 public:
@@ -31,12 +38,15 @@ public:
 
     // pdl: perhaps before the kernel ahead of it ends, on which it then waits.
     void start(Driver &driver, CudaStream stream, bool pdl);
+    // Other places for all buffers, by index.
+    void setAddresses(const std::vector<CudaAddress> &addresses);
     // Another place for a buffer of its first call, by its place among those that the call has.
     void move(size_t parameter, CudaAddress address) { mValues[parameter] = address; }
 
 private:
     CudaFunction mFunction;
     unsigned int mPrograms, mThreads, mSharedBytes;
+    std::vector<int> mBuffers;         // the plan's index of each parameter, or kNO_BUFFER of a number
     std::vector<CudaAddress> mValues;  // 8 bytes for each parameter; of a number the first 4 count
     std::vector<void *> mPlaces;       // of the values
 };

@@ -10,7 +10,6 @@ namespace omniad {
 namespace {
 
 constexpr const char *kPLAN = "fused/plan.json", *kWEIGHTS = "weights.onnx";
-constexpr int kPDL_FROM = 90;  // the first architecture with programmatic dependent launch
 constexpr size_t kMAX_INDEX_BYTES = size_t{4} << 20;
 
 // What `read` makes of a part; errors in it name the part.
@@ -39,31 +38,13 @@ void expectKernels(const Bundle &bundle, int architecture) {
     throw engineError("the bundle has kernels for ", has, "; export it with --targets ", wanted, " too");
 }
 
-Kernel parseKernel(const Json &entry, std::string_view code) {
-    entry.expectKeys({"name", "offset", "bytes", "shared_bytes", "num_warps"});
-    Kernel made;
-    made.name = entry.at("name").string();
-    auto size = static_cast<int64_t>(code.size());
-    int64_t offset = entry.at("offset").integer(0, size), bytes = entry.at("bytes").integer(1, size - offset);
-    made.cubin = code.substr(offset, bytes);
-    made.sharedBytes = static_cast<int>(entry.at("shared_bytes").integer(0, INT32_MAX));
-    made.numWarps = static_cast<int>(entry.at("num_warps").integer(1, 32));
-    return made;
-}
-
 std::vector<Kernel> readKernels(const Bundle &bundle, int architecture, const Plan &plan) {
     std::string_view code = bundle.part(text("fused/sm_", architecture, ".bin"));
     return readPart(bundle, text("fused/sm_", architecture, ".json"), [&](std::string_view file) {
         if (file.size() > kMAX_INDEX_BYTES) {
             throw bundleError("expected at most ", kMAX_INDEX_BYTES, " bytes, got ", file.size());
         }
-        Json index = parseJson(file);
-        const Json &entries = index.at("kernels");
-        std::vector<Kernel> made;
-        for (const Launch *launch : plan.allLaunches()) {
-            made.push_back(parseKernel(entries.at(plan.kernelKey(*launch)), code));
-        }
-        return made;
+        return parseKernels(plan, parseJson(file).at("kernels"), code);
     });
 }
 

@@ -10,8 +10,6 @@
 
 namespace omniad {
 
-constexpr int kMAX_BATCH = 64;
-
 // The plan, kernels and weights for a GPU like 90 for sm_90, to be run on one of these numbers of images. Throws
 // an engine error if the bundle has none for it.
 Content readContent(const Bundle &bundle, int architecture, const std::vector<int> &batches);

@@ -180,6 +180,58 @@ void checkFront(const Plan &plan) {
     }
 }
 
+// Whose inputs and outputs are tensors of somebody else's.
+void checkSubPlan(const Plan &plan) {
+    int inputs = 0, outputs = 0;
+    for (const Buffer &buffer : plan.buffers) {
+        inputs += buffer.kind == BufferKind::kINPUT;
+        outputs += buffer.kind == BufferKind::kOUTPUT;
+        if (buffer.kind == BufferKind::kTABLE || buffer.kind == BufferKind::kFRAME) {
+            throw bundleError("buffer ", shown(buffer.name), ": expected no tables and frames");
+        }
+        if (buffer.dtype != "float16" && buffer.dtype != "float32") {
+            throw bundleError("buffer ", shown(buffer.name), ": expected float16 or float32, got ", buffer.dtype);
+        }
+        if (buffer.kind != BufferKind::kWEIGHT && buffer.shape[0] != 1) {
+            throw bundleError("buffer ", shown(buffer.name), ": expected one image, got ", buffer.shape[0]);
+        }
+        bool map = buffer.shape.size() == 3 && buffer.shape[1] == int64_t{plan.height} * plan.width;
+        if (buffer.kind == BufferKind::kINPUT && !map) {
+            throw bundleError("buffer ", shown(buffer.name), ": expected (1, ", plan.height, " * ", plan.width,
+                              ", channels), got ", sides(buffer.shape));
+        }
+    }
+    if (plan.batch != 1 || inputs != 1 || outputs == 0 || plan.launches.empty()) {
+        throw bundleError("expected batch 1, one input, outputs and launches, got batch ", plan.batch, ", ",
+                          inputs, " inputs, ", outputs, " outputs and ", plan.launches.size(), " launches");
+    }
+}
+
+// A plan but for its front.
+Plan parseNetwork(const Json &entry, Names &names) {
+    entry.expectKeys({"batch", "height", "width", "buffers", "launches", "front"});
+    Plan made;
+    made.batch = static_cast<int>(entry.at("batch").integer(1, kMAX_BATCH));
+    made.height = static_cast<int>(entry.at("height").integer(1, 4096));
+    made.width = static_cast<int>(entry.at("width").integer(1, 4096));
+    const Json &buffers = entry.at("buffers");
+    for (size_t i = 0; i < buffers.object().size(); ++i) {
+        made.buffers.push_back(parseBuffer(buffers.keys[i], buffers.items[i]));
+        names.emplace(buffers.keys[i], static_cast<int>(i));
+    }
+    for (const Json &launch : entry.at("launches").list()) {
+        made.launches.push_back(parseLaunch(launch, names));
+    }
+    return made;
+}
+
+Json parsePlanFile(std::string_view file) {
+    if (file.size() > kMAX_PLAN_BYTES) {
+        throw bundleError("expected at most ", kMAX_PLAN_BYTES, " bytes, got ", file.size());
+    }
+    return parseJson(file);
+}
+
 }  // namespace
 
 uint64_t aligned(uint64_t bytes) {
@@ -267,28 +319,24 @@ std::string Plan::kernelKey(const Launch &launch) const {
 }
 
 Plan parsePlan(std::string_view file) {
-    if (file.size() > kMAX_PLAN_BYTES) {
-        throw bundleError("expected at most ", kMAX_PLAN_BYTES, " bytes, got ", file.size());
-    }
-    Json entry = parseJson(file);
-    entry.expectKeys({"batch", "height", "width", "buffers", "launches", "front"});
-    Plan made;
-    made.batch = static_cast<int>(entry.at("batch").integer(1, 64));
-    made.height = static_cast<int>(entry.at("height").integer(1, 4096));
-    made.width = static_cast<int>(entry.at("width").integer(1, 4096));
-    const Json &buffers = entry.at("buffers");
+    Json entry = parsePlanFile(file);
     Names names;
-    for (size_t i = 0; i < buffers.object().size(); ++i) {
-        made.buffers.push_back(parseBuffer(buffers.keys[i], buffers.items[i]));
-        names.emplace(buffers.keys[i], static_cast<int>(i));
-    }
-    for (const Json &launch : entry.at("launches").list()) {
-        made.launches.push_back(parseLaunch(launch, names));
-    }
+    Plan made = parseNetwork(entry, names);
     checkPlan(made);
     if (!entry.at("front").isNull()) {
         made.front = parseLaunch(entry.at("front"), names);
         checkFront(made);
+    }
+    return made;
+}
+
+Plan parseSubPlan(std::string_view file) {
+    Json entry = parsePlanFile(file);
+    Names names;
+    Plan made = parseNetwork(entry, names);
+    checkSubPlan(made);
+    if (!entry.at("front").isNull()) {
+        throw bundleError("front: expected null, got a launch");
     }
     return made;
 }

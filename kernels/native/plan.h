@@ -57,8 +57,12 @@ struct Plan {
     std::string kernelKey(const Launch &launch) const;
 };
 
+constexpr int kMAX_BATCH = 64;
+
 // Every name, number and size in it is checked. Where buffers lie is not taken from the file: see `forBatch`.
 Plan parsePlan(std::string_view file);
+// The same of some of a network's layers, for one image: one input (1, height width, channels), any outputs.
+Plan parseSubPlan(std::string_view file);
 
 uint64_t aligned(uint64_t bytes);
 
