@@ -36,7 +36,6 @@ from omniad_edge.errors import OmniADError
 from omniad_edge.evaluate import predict_images
 from omniad_edge.export.parity import compare
 from omniad_edge.files import atomic_write
-from omniad_edge.fused import MAX_MAP_ERROR
 from omniad_edge.kernels.fold import Network, named_arrays
 from omniad_edge.kernels.jit import JitPlan
 from omniad_edge.kernels.network import TorchOps, forward
@@ -45,6 +44,7 @@ from omniad_edge.kernels.schedule import for_batch
 from omniad_edge.model import ModelConfig
 from omniad_edge.preprocess import resize
 from omniad_edge.products import write_line
+from omniad_edge.self_test import MAX_MAP_ERROR
 from omniad_edge.weights import load_run
 
 SCHEMA = 1  # of the JSON

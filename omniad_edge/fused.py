@@ -1,11 +1,9 @@
 """The fused engine: a bundle's own kernels on an NVIDIA GPU, as one CUDA graph. No torch, no Triton."""
 
-import io
 import json
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
-from zipfile import BadZipFile
 
 import numpy as np
 
@@ -17,13 +15,11 @@ from .kernels.pack import pack
 from .kernels.plan import Kernel, Plan
 from .kernels.schedule import for_batch
 from .onnx_weights import read_weights
+from .self_test import read_self_test
 
-PLAN, SELF_TEST = "fused/plan.json", "fused/self_test.npz"
+PLAN = "fused/plan.json"
 PDL_FROM = 90  # the first architecture with programmatic dependent launch
 BATCHES = (8, 1)  # a graph for each; other numbers of images are made of these
-# fp16 rounding of the whole network; further away something is wrong with this GPU, its driver or the kernels.
-MAX_MAP_ERROR = 3e-4
-MAX_SCORE_ERROR = 0.02  # in standard deviations of the scores that the parity gate saw
 
 
 class FusedEngine:
@@ -47,15 +43,13 @@ class FusedEngine:
             self.weights = pack(self.plan, read_weights(bundle.parts[WEIGHTS]))
             kernels = read_kernels(bundle, arch)
             self.kernels = [kernels[self.plan.kernel_key(launch)] for launch in self.plan.all_launches]
-            with np.load(io.BytesIO(bundle.parts[SELF_TEST]), allow_pickle=False) as test:
-                pixels, anomaly_maps = test["pixels"], test["anomaly_map"]
-                score_deviation = float(test["score_deviation"])
-        except (KeyError, TypeError, ValueError, AttributeError, OSError, EOFError, BadZipFile) as exc:
+        except (KeyError, TypeError, ValueError, AttributeError) as exc:
             raise BundleError(f"fused/* is not as omniad-export writes it: {exc!r}; export again") from exc
+        self_test = read_self_test(bundle)
         self.pdl = arch >= PDL_FROM
         self.lock = threading.Lock()
         self.graphs: dict[int, CudaGraphPlan] = {}
-        self.self_test(pixels, anomaly_maps, score_deviation)
+        self_test.check(self)
 
     def run(self, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return joined([graph.run({"pixels": images}) for graph, images in self.batches(pixels)])
@@ -84,23 +78,6 @@ class FusedEngine:
                     for_batch(self.plan, batch), self.kernels, self.weights, self.pdl
                 )
             return self.graphs[batch]
-
-    def self_test(self, pixels: np.ndarray, anomaly_maps: np.ndarray, score_deviation: float) -> None:
-        """score_deviation: 0 where the gate saw too few images to have one."""
-        for image, truth in zip(pixels, anomaly_maps, strict=True):
-            maps, scores, _ = self.run_frames([image[..., ::-1]])  # resizing to the same size is a copy
-            check_error("anomaly map", float(np.abs(maps[0] - truth).max()), MAX_MAP_ERROR)
-            if score_deviation:
-                error = abs(float(scores[0]) - float(truth.max())) / score_deviation
-                check_error("score in standard deviations", error, MAX_SCORE_ERROR)
-
-
-def check_error(what: str, error: float, limit: float) -> None:
-    if not error <= limit:
-        raise EngineError(
-            f"backend fused: its {what} of a self-test image is {error:.2g} off, {limit} is allowed; update the "
-            "driver, export again, or use backend='onnxruntime'"
-        )
 
 
 def objection(bundle: Bundle, arch: int | None) -> str:
