@@ -12,6 +12,7 @@ import numpy as np
 from . import fused, tensorrt_engine
 from .bundle import Bundle
 from .errors import EngineError, InputError, MissingDependencyError
+from .gpu_choice import open_gpu_engine
 from .image import FrameArray, check_frame
 from .preprocess import resize
 
@@ -224,16 +225,6 @@ def open_engine(
     engine = open_cpu_engine(bundle, backend, precision, threads)
     engine.reason += no_gpu
     return engine
-
-
-def open_gpu_engine(bundle: Bundle, not_fused: str, not_tensorrt: str) -> Engine:
-    """The one there is nothing against; of two the faster."""
-    if not_tensorrt:
-        reason = "fused kernels in fp16: the bundle has them for this GPU"
-        return fused.FusedEngine(bundle, f"{reason}; not TensorRT: {not_tensorrt}")
-    if not_fused:
-        return tensorrt_engine.TensorRtEngine(bundle, f"TensorRT in fp16: its engine is there; {not_fused}")
-    return tensorrt_engine.open_faster(bundle)
 
 
 def open_cpu_engine(bundle: Bundle, backend: str, precision: str, threads: int | None) -> Engine:

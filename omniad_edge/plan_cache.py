@@ -96,17 +96,17 @@ class PlanCache:
 
     # What was found out about it
 
-    def speeds(self, rivals: str) -> dict[str, float]:
-        """What `keep_speeds` was given with the same rivals, else {}."""
+    def speeds(self, rival: str) -> dict[str, float]:
+        """What `keep_speeds` was given for the same rival, else {}."""
         try:
             found = json.loads(self.path(".speeds").read_bytes())
-            return {name: float(ms) for name, ms in found[rivals].items()}
+            return {name: float(ms) for name, ms in found[rival].items()}
         except (OSError, ValueError, KeyError, TypeError, AttributeError):  # a lost measurement is made again
             return {}
 
-    def keep_speeds(self, rivals: str, median_ms: dict[str, float]) -> None:
-        """rivals: what this plan was measured beside, as a digest; median_ms: by backend"""
-        write(self.path(".speeds"), json.dumps({rivals: median_ms}).encode())
+    def keep_speeds(self, rival: str, median_ms: dict[str, float]) -> None:
+        """rival: digest of the kernels that this plan was measured beside; median_ms: by backend"""
+        write(self.path(".speeds"), json.dumps({rival: median_ms}).encode())
 
     # TensorRT's measurements of single layers, which are the same in every network
 

@@ -6,7 +6,6 @@ import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from statistics import median
 from time import perf_counter
 from typing import Any
 
@@ -36,8 +35,6 @@ from .progress import say
 from .self_test import read_self_test
 from .tensorrt_library import find_plugin, import_tensorrt, load_plugin, new_log
 
-WARM_UP_CALLS, MEASURED_CALLS = 5, 50
-
 
 class TensorRtEngine:
     """TensorRT on the GPU, in fp16 with fp32 where the graph says so.
@@ -61,6 +58,7 @@ class TensorRtEngine:
     ) -> None:
         if batches is not None:
             check_batches(batches)
+            batches = tuple(sorted(batches))
         self_test = read_self_test(bundle)
         self.target = target = Target(bundle)
         self.reason = f"{reason}; {target.graph}"
@@ -78,7 +76,7 @@ class TensorRtEngine:
                 except EngineError as exc:
                     say(f"{exc}: building one")
                     workspace_bytes = workspace_bytes or WORKSPACE_BYTES
-                    self.batches = tuple(batches or BATCHES)
+                    self.batches = batches or BATCHES
                     built = target.build(bundle, self.batches, workspace_bytes)
                     plan = built.plan
                 self.load(plan, owned)
@@ -99,11 +97,12 @@ class TensorRtEngine:
         if self.target.plugin:
             load_plugin(trt, self.target.plugin)
         self.log = new_log(trt)
-        self.loaded = [
-            trt.Runtime(self.log).deserialize_cuda_engine(plan)
-        ]  # nothing else holds it: freed with `owned`
+        # Nothing else holds these, so that they are freed with `owned`, while the CUDA context is current. A list
+        # drops its last first, as they need each other.
+        self.loaded = [self.log, trt.Runtime(self.log)]
         owned.callback(self.loaded.clear)
-        if self.loaded[0] is None:
+        self.loaded.append(self.loaded[-1].deserialize_cuda_engine(plan))
+        if self.loaded[-1] is None:
             raise self.log.failure(f"cannot load its engine; delete {self.path}")
 
     def run(self, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -159,31 +158,32 @@ class TensorRtGraph(CudaGraphPlan):
     """
 
     def __init__(self, engine: TensorRtEngine, profile: int, plan: Plan) -> None:
-        self.trt, self.loaded, self.log = engine.target.trt, engine.loaded, engine.log
-        self.profile = profile
-        self.execution: list[Any] = []  # the context; nothing else holds it: freed while CUDA's is current
+        self.trt, self.log, self.profile = engine.target.trt, engine.log, profile
+        self.held = [*engine.loaded]  # and the execution context, when it is made; see `TensorRtEngine.load`
+        self.bound = False
         super().__init__(plan, engine.kernels, {}, pdl=False)
 
     def prepare(self, owned: ExitStack, kernels: Sequence[Kernel], weights: dict) -> None:
-        owned.callback(self.execution.clear)  # after the graph, which uses its memory
+        owned.callback(self.held.clear)  # after the graph, which uses the context's memory
         super().prepare(owned, kernels, weights)
 
     def launch(self, loaded: Sequence) -> None:
-        if not self.execution:
+        if not self.bound:
             self.bind()
-        if not self.execution[0].execute_async_v3(int(self.stream)):
+        if not self.held[-1].execute_async_v3(int(self.stream)):
             raise self.log.failure("cannot run the engine")
 
     def bind(self) -> None:
         """Makes the context, for this profile's shapes and our buffers for good: a CUDA graph keeps both."""
         # Memory for this profile alone, not for the largest.
         strategy = self.trt.ExecutionContextAllocationStrategy.ON_PROFILE_CHANGE
-        self.execution.append(self.loaded[0].create_execution_context(strategy))
-        if self.execution[0] is None:
+        self.held.append(self.held[-1].create_execution_context(strategy))
+        if self.held[-1] is None:
             raise self.log.failure("cannot make an execution context")
-        if not all(self.settings(self.execution[0])) or self.execution[0].infer_shapes():
+        if not all(self.settings(self.held[-1])) or self.held[-1].infer_shapes():
             raise self.log.failure(f"does not take inputs and outputs for a batch of {self.plan.batch}")
         self.driver.call("cuStreamSynchronize", self.stream)
+        self.bound = True
 
     def settings(self, context: Any) -> Iterator[bool]:
         """Whether each was taken."""
@@ -220,7 +220,7 @@ class Target:
     def stored(self, batches: Sequence[int] | None, workspace_bytes: int | None) -> StoredPlan:
         """Raises EngineError where there is none, or not with these settings; the message says why."""
         stored = self.cache.read()
-        if batches is not None and tuple(batches) != stored.batches:
+        if batches not in (None, stored.batches):
             there, asked = (", ".join(map(str, some)) for some in (stored.batches, batches))
             raise EngineError(f"the engine built here takes {there} images at once, not {asked}")
         if workspace_bytes not in (None, stored.workspace_bytes):
@@ -262,39 +262,6 @@ def objection(bundle: Bundle) -> str:
     except OmniADError as exc:
         return str(exc)
     return ""
-
-
-def open_faster(bundle: Bundle) -> "fused.FusedEngine | TensorRtEngine":
-    """The fused engine or TensorRT's, both of which can run here; measured once, then remembered in the cache."""
-    target, engines = Target(bundle), {}
-    rivals = f"fused {bundle.manifest['parts'][f'fused/sm_{target.arch}.bin']['sha256']}"
-    median_ms = target.cache.speeds(rivals)
-    if median_ms.keys() != {"fused", "tensorrt"}:
-        engines = {backend: open_one(bundle, backend) for backend in ("fused", "tensorrt")}
-        median_ms = measure(engines)
-        target.cache.keep_speeds(rivals, median_ms)
-    faster = min(median_ms, key=median_ms.get)
-    engine = engines.get(faster) or open_one(bundle, faster)
-    engine.reason += f" ({', '.join(f'{backend} {ms:.2f} ms an image' for backend, ms in median_ms.items())})"
-    return engine
-
-
-def open_one(bundle: Bundle, backend: str) -> "fused.FusedEngine | TensorRtEngine":
-    if backend == "fused":
-        return fused.FusedEngine(bundle, "fused kernels in fp16: faster than TensorRT")
-    return TensorRtEngine(bundle, "TensorRT in fp16: faster than the fused kernels")
-
-
-def measure(engines: dict[str, Any]) -> dict[str, float]:
-    """Median milliseconds of each, for one frame of the network's size; in turns, so that clocks are the same."""
-    frame = np.zeros((*engines["tensorrt"].input_size, 3), np.uint8)
-    spent_ms = {backend: [] for backend in engines}
-    for _ in range(WARM_UP_CALLS + MEASURED_CALLS):
-        for backend, engine in engines.items():
-            start = perf_counter()
-            engine.run_frames([frame])
-            spent_ms[backend].append(1e3 * (perf_counter() - start))
-    return {backend: median(values[WARM_UP_CALLS:]) for backend, values in spent_ms.items()}
 
 
 def front_of(bundle: Bundle, arch: int) -> tuple[Plan | None, list[Kernel]]:

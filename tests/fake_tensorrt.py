@@ -33,7 +33,9 @@ def _reset(cuda) -> None:
 
 @cache
 def _session(model: bytes) -> onnxruntime.InferenceSession:
-    return onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = 1
+    return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
 
 def _fails(call: str, log: "ILogger", words: str = "the stand-in was told to") -> bool:

@@ -13,21 +13,24 @@ from types import ModuleType
 import cuda.bindings
 import fake_tensorrt as trt
 import numpy as np
+import onnx
 import pytest
 from fake_cuda import FakeCuda, OnGpu, check_all_freed, cubin
 
-from omniad_edge import Detector, plan_cache, tensorrt_engine
+from omniad_edge import Detector, gpu_choice, plan_cache
 from omniad_edge.bundle import Bundle, read_bundle, write_bundle
 from omniad_edge.cli import main
+from omniad_edge.cuda_driver import Driver
 from omniad_edge.engine import OnnxRuntimeEngine, open_engine
 from omniad_edge.errors import BundleError, EngineError, ExportError, InputError, MissingDependencyError
 from omniad_edge.export import bundle_export
-from omniad_edge.export.tensorrt_engine import PLUGIN_GRAPH, build_engine, network_model
+from omniad_edge.export.tensorrt_engine import PLUGIN_GRAPH, build_engine, network_model, network_parts
 from omniad_edge.kernels.fold import fold
 from omniad_edge.kernels.plan import Kernel
 from omniad_edge.preprocess import resize
 from omniad_edge.self_test import SELF_TEST
 from omniad_edge.tensorrt_engine import TensorRtEngine
+from omniad_edge.tensorrt_library import PLUGINS
 from omniad_edge.weights import load_run
 
 FIRST = "no engine was built of this bundle here yet: building one"
@@ -53,7 +56,7 @@ def fused_file(small_run, bundle_file, tmp_path_factory) -> Path:
     from omniad_edge.export import fused_parts
 
     def compile_plan(plan, arch):
-        resizing = plan.kernel_key(plan.front)
+        resizing = plan.front and plan.kernel_key(plan.front)
         for key in sorted({plan.kernel_key(launch) for launch in plan.all_launches}):
             code = cubin("p" * 9, "resize", (plan.height, plan.width)) if key == resizing else key.encode()
             yield key, Kernel("step", code, 1024, 4)
@@ -76,7 +79,8 @@ def machine(monkeypatch, tmp_path) -> Iterator[FakeCuda]:
     monkeypatch.delenv("OMNIAD_PLUGIN", raising=False)
     trt._reset(driver)
     yield driver
-    gc.collect()
+    if driver.alive:  # a failed engine lives as long as its exception
+        gc.collect()
     check_all_freed(driver)
 
 
@@ -363,7 +367,7 @@ def test_a_plan_of_another_user_is_not_loaded(bundle, machine, capsys, monkeypat
 def test_the_driver_is_named(machine, monkeypatch):
     files = {"/etc/nv_tegra_release": "# R36 (release), REVISION: 4.3, GCID: 38968081, BOARD: generic"}
     monkeypatch.setattr(plan_cache, "read_text", lambda path: files.get(path, ""))
-    driver = tensorrt_engine.Driver()
+    driver = Driver()
     assert plan_cache.driver_version(driver) == "L4T 36.4.3, CUDA 12.6"
     module = "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  570.86.15  Release Build  (dvs-builder@U16)"
     files["/proc/driver/nvidia/version"], files["/etc/nv_tegra_release"] = module, ""
@@ -421,6 +425,19 @@ def test_with_the_plugin(plugin_bundle, plugin, machine, pixels):
     trt._state.libraries.clear()
     open_engine(plugin_bundle, "tensorrt")  # in a process of its own the library is loaded before the plan
     assert len(trt._state.libraries) == 2 and built() == 1
+
+
+def test_the_exported_plugin_graph_gets_this_gpus_kernels(fused_file):
+    pytest.importorskip("omniad_edge.export.plugin_graph", reason="this version exports no plugin graph")
+    bundle = read_bundle(fused_file)
+    parts = network_parts(bundle, 90, Path("libomniad_plugin.so"))
+    assert parts[0] == PLUGIN_GRAPH
+    model = onnx.load_model_from_string(network_model(bundle, 90, parts))
+    (node,) = (node for node in model.graph.node if node.domain == "omniad")
+    attributes = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
+    assert node.op_type in PLUGINS and not model.functions
+    assert (attributes["plugin_namespace"], attributes["plugin_version"]) == (b"omniad", b"1")
+    assert attributes["arch"] == b"sm_90" and json.loads(attributes["kernel_index"])
 
 
 def test_another_plugin_needs_another_engine(plugin_bundle, plugin, machine, capsys):
@@ -484,15 +501,15 @@ class Fused:
 @pytest.mark.parametrize("faster, slower", [("fused", "tensorrt"), ("tensorrt", "fused")])
 def test_of_two_the_faster_one_is_taken(fused_file, machine, monkeypatch, faster, slower):
     bundle, measured = read_bundle(fused_file), []
-    monkeypatch.setattr(tensorrt_engine.fused, "FusedEngine", Fused)
+    monkeypatch.setattr(gpu_choice, "FusedEngine", Fused)
     engine = open_engine(bundle)
     assert engine.backend == "fused" and "not TensorRT: no engine was built" in engine.reason
 
-    def measure(engines):
+    def measure(engines, size):
         measured.append(sorted(engines))
         return {faster: 1.5, slower: 2.0}
 
-    monkeypatch.setattr(tensorrt_engine, "measure", measure)
+    monkeypatch.setattr(gpu_choice, "measure", measure)
     open_engine(bundle, "tensorrt")
     for _ in range(2):
         engine = open_engine(bundle)
@@ -505,9 +522,9 @@ def test_of_two_the_faster_one_is_taken(fused_file, machine, monkeypatch, faster
 
 
 def test_the_measurement(fused_file, machine, monkeypatch):
-    monkeypatch.setattr(tensorrt_engine, "MEASURED_CALLS", 3)
+    monkeypatch.setattr(gpu_choice, "MEASURED_CALLS", 3)
     engine = open_engine(read_bundle(fused_file), "tensorrt")
-    median_ms = tensorrt_engine.measure({"fused": Fused(None, ""), "tensorrt": engine})
+    median_ms = gpu_choice.measure({"fused": Fused(None, ""), "tensorrt": engine}, engine.input_size)
     assert 0 < median_ms["fused"] < median_ms["tensorrt"]
 
 
