@@ -13,8 +13,6 @@ from functools import cache
 from types import SimpleNamespace
 
 import numpy as np
-import onnx
-import onnxruntime
 
 __version__ = "10.3.0"
 
@@ -32,7 +30,9 @@ def _reset(cuda) -> None:
 
 
 @cache
-def _session(model: bytes) -> onnxruntime.InferenceSession:
+def _session(model: bytes):
+    import onnxruntime
+
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 1
     return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
@@ -120,9 +120,6 @@ class ITensor:
 
 
 class INetworkDefinition:
-    _model: onnx.ModelProto
-    _bytes: bytes
-
     def get_input(self, index: int) -> "ITensor":
         pixels = self._model.graph.input[index]
         return ITensor(pixels.name, tuple(d.dim_value or -1 for d in pixels.type.tensor_type.shape.dim))
@@ -141,6 +138,8 @@ class OnnxParser:
         self._network, self._errors = network, []
 
     def parse(self, model: bytes, path: str | None = None) -> bool:
+        import onnx
+
         try:
             parsed = onnx.load_model_from_string(model)
         except Exception as exc:
@@ -161,8 +160,6 @@ class OnnxParser:
 
 
 class IOptimizationProfile:
-    _shapes: tuple
-
     def set_shape(self, input: str, min: "Dims", opt: "Dims", max: "Dims") -> None:
         self._shapes = (input, tuple(min), tuple(opt), tuple(max))
 

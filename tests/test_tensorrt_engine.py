@@ -44,13 +44,13 @@ def bundle_file(small_run, tmp_path_factory) -> Path:
     return path
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def bundle(bundle_file) -> Bundle:
     return read_bundle(bundle_file)
 
 
 @pytest.fixture(scope="module")
-def fused_file(small_run, bundle_file, tmp_path_factory) -> Path:
+def fused_file(small_run, bundle, tmp_path_factory) -> Path:
     """With kernels for sm_90, of which the stand-in for the driver can run the one that resizes frames."""
     pytest.importorskip("triton", reason="the kernels need Triton: pip install 'omniad-edge[kernels]'")
     from omniad_edge.export import fused_parts
@@ -61,12 +61,17 @@ def fused_file(small_run, bundle_file, tmp_path_factory) -> Path:
             code = cubin("p" * 9, "resize", (plan.height, plan.width)) if key == resizing else key.encode()
             yield key, Kernel("step", code, 1024, 4)
 
-    path, bundle = tmp_path_factory.mktemp("tensorrt-fused") / "line3.omniad", read_bundle(bundle_file)
+    path = tmp_path_factory.mktemp("tensorrt-fused") / "line3.omniad"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(fused_parts, "compile_plan", compile_plan)
         parts = fused_parts.fused_parts(fold(load_run(small_run.folder)[0]), ["sm_90"])
     write_bundle(path, bundle.manifest, bundle.parts | parts)
     return path
+
+
+@pytest.fixture(scope="module")
+def fused_bundle(fused_file) -> Bundle:
+    return read_bundle(fused_file)
 
 
 @pytest.fixture
@@ -96,11 +101,6 @@ def built() -> int:
 def kept(suffix: str = ".plan") -> Path:
     (path,) = (plan_cache.default_cache_dir() / "tensorrt").glob(f"*-*{suffix}")
     return path
-
-
-def with_part(bundle: Bundle, folder: Path, **parts: bytes) -> Bundle:
-    write_bundle(folder / "changed.omniad", bundle.manifest, bundle.parts | parts)
-    return read_bundle(folder / "changed.omniad")
 
 
 def build(bundle: Bundle, driver: FakeCuda, *arguments, **options):
@@ -226,9 +226,9 @@ def test_frames_are_resized_on_the_cpu_without_a_kernel_for_it(bundle, machine, 
 
 
 @pytest.mark.parametrize("integrated", [False, True])
-def test_frames_are_resized_on_the_gpu_with_one(fused_file, machine, rng, integrated):
+def test_frames_are_resized_on_the_gpu_with_one(fused_bundle, machine, rng, integrated):
     machine.attributes = FakeCuda(integrated=integrated).attributes
-    engine = open_engine(read_bundle(fused_file), "tensorrt")
+    engine = open_engine(fused_bundle, "tensorrt")
     frame = rng.integers(0, 256, (50, 70, 3), np.uint8)
     from_host = engine.run_frames([frame])
     from_gpu = engine.run_frames([OnGpu(machine, frame)])
@@ -395,9 +395,18 @@ def plugin(machine, monkeypatch, tmp_path) -> Path:
     return library
 
 
+@pytest.fixture(scope="module")
+def bundle_with_plugin_graph(fused_bundle, tmp_path_factory) -> Bundle:
+    """Its plugin graph is the plain one."""
+    path = tmp_path_factory.mktemp("tensorrt-plugin") / "line3.omniad"
+    parts = {PLUGIN_GRAPH: fused_bundle.parts["graphs/fp16.onnx"]}
+    write_bundle(path, fused_bundle.manifest, fused_bundle.parts | parts)
+    return read_bundle(path)
+
+
 @pytest.fixture
-def plugin_bundle(fused_file, monkeypatch, tmp_path) -> Bundle:
-    """Its plugin graph is the plain one; what fills in kernels leaves its marks there."""
+def plugin_bundle(bundle_with_plugin_graph, monkeypatch) -> Bundle:
+    """What fills kernels into its plugin graph leaves marks there."""
     stand_in = ModuleType("omniad_edge.export.plugin_graph")
 
     def with_kernels(model, arch, kernel_index, kernels):
@@ -410,8 +419,7 @@ def plugin_bundle(fused_file, monkeypatch, tmp_path) -> Bundle:
 
     stand_in.with_kernels, stand_in.without_functions = with_kernels, without_functions
     monkeypatch.setitem(sys.modules, stand_in.__name__, stand_in)
-    bundle = read_bundle(fused_file)
-    return with_part(bundle, tmp_path, **{PLUGIN_GRAPH: bundle.parts["graphs/fp16.onnx"]})
+    return bundle_with_plugin_graph
 
 
 def test_with_the_plugin(plugin_bundle, plugin, machine, pixels):
@@ -427,12 +435,11 @@ def test_with_the_plugin(plugin_bundle, plugin, machine, pixels):
     assert len(trt._state.libraries) == 2 and built() == 1
 
 
-def test_the_exported_plugin_graph_gets_this_gpus_kernels(fused_file):
+def test_the_exported_plugin_graph_gets_this_gpus_kernels(fused_bundle):
     pytest.importorskip("omniad_edge.export.plugin_graph", reason="this version exports no plugin graph")
-    bundle = read_bundle(fused_file)
-    parts = network_parts(bundle, 90, Path("libomniad_plugin.so"))
+    parts = network_parts(fused_bundle, 90, Path("libomniad_plugin.so"))
     assert parts[0] == PLUGIN_GRAPH
-    model = onnx.load_model_from_string(network_model(bundle, 90, parts))
+    model = onnx.load_model_from_string(network_model(fused_bundle, 90, parts))
     (node,) = (node for node in model.graph.node if node.domain == "omniad")
     attributes = {attribute.name: onnx.helper.get_attribute_value(attribute) for attribute in node.attribute}
     assert node.op_type in PLUGINS and not model.functions
@@ -499,10 +506,10 @@ class Fused:
 
 
 @pytest.mark.parametrize("faster, slower", [("fused", "tensorrt"), ("tensorrt", "fused")])
-def test_of_two_the_faster_one_is_taken(fused_file, machine, monkeypatch, faster, slower):
-    bundle, measured = read_bundle(fused_file), []
+def test_of_two_the_faster_one_is_taken(fused_bundle, machine, monkeypatch, faster, slower):
+    measured = []
     monkeypatch.setattr(gpu_choice, "FusedEngine", Fused)
-    engine = open_engine(bundle)
+    engine = open_engine(fused_bundle)
     assert engine.backend == "fused" and "not TensorRT: no engine was built" in engine.reason
 
     def measure(engines, size):
@@ -510,20 +517,20 @@ def test_of_two_the_faster_one_is_taken(fused_file, machine, monkeypatch, faster
         return {faster: 1.5, slower: 2.0}
 
     monkeypatch.setattr(gpu_choice, "measure", measure)
-    open_engine(bundle, "tensorrt")
+    open_engine(fused_bundle, "tensorrt")
     for _ in range(2):
-        engine = open_engine(bundle)
+        engine = open_engine(fused_bundle)
         assert engine.backend == faster
         assert f"({faster} 1.50 ms an image, {slower} 2.00 ms an image)" in engine.reason
     assert measured == [["fused", "tensorrt"]]
     kept(".speeds").write_text("[]")
-    open_engine(bundle)
+    open_engine(fused_bundle)
     assert len(measured) == 2
 
 
-def test_the_measurement(fused_file, machine, monkeypatch):
+def test_the_measurement(fused_bundle, machine, monkeypatch):
     monkeypatch.setattr(gpu_choice, "MEASURED_CALLS", 3)
-    engine = open_engine(read_bundle(fused_file), "tensorrt")
+    engine = open_engine(fused_bundle, "tensorrt")
     median_ms = gpu_choice.measure({"fused": Fused(None, ""), "tensorrt": engine}, engine.input_size)
     assert 0 < median_ms["fused"] < median_ms["tensorrt"]
 
