@@ -206,7 +206,8 @@ def open_engine(
     if threads is not None and (type(threads) is not int or threads < 1):
         raise InputError(f"threads: expected a whole number from 1 on, or None; got {threads!r}")
     if backend in ("fused", "tensorrt") and precision not in ("auto", "fp16"):
-        raise EngineError(f"backend {backend} computes in fp16; for {precision} use another backend")
+        names = {"fused": "the fused kernels compute", "tensorrt": "TensorRT computes"}
+        raise EngineError(f"{names[backend]} in fp16; for {precision} use another backend")
     if backend in ("onnxruntime", "openvino") and precision == "fp16":
         raise EngineError("CPUs compute in fp32 or bf16; fp16 is the precision of backend='fused', on a GPU")
     if backend == "fused":

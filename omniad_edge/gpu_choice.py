@@ -1,6 +1,7 @@
 """The engine for a bundle on an NVIDIA GPU: our fused kernels or TensorRT, and where both can, the faster one."""
 
 from collections.abc import Mapping
+from importlib.util import find_spec
 from statistics import median
 from time import perf_counter
 
@@ -18,8 +19,8 @@ GpuEngine = FusedEngine | TensorRtEngine
 def open_gpu_engine(bundle: Bundle, not_fused: str, not_tensorrt: str) -> GpuEngine:
     """The one there is no objection to: not_fused, not_tensorrt; of two the faster."""
     if not_tensorrt:
-        reason = "fused kernels in fp16: the bundle has them for this GPU"
-        return FusedEngine(bundle, f"{reason}; not TensorRT: {not_tensorrt}")
+        why = f"; not TensorRT: {not_tensorrt}" if find_spec("tensorrt") else ""
+        return FusedEngine(bundle, f"fused kernels in fp16: the bundle has them for this GPU{why}")
     if not_fused:
         return TensorRtEngine(bundle, f"TensorRT in fp16: its engine is there; {not_fused}")
     return open_faster(bundle)
