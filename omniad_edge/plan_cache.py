@@ -7,7 +7,6 @@ here, has its SHA-256, and only for the very GPU, driver and libraries it was bu
 import hashlib
 import json
 import os
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
@@ -18,6 +17,7 @@ from .cuda_driver import Driver
 from .download import default_cache_dir
 from .errors import EngineError
 from .files import atomic_write, file_sha256
+from .jetson import Jetson
 
 FORMAT = "omniad-tensorrt-plan"
 TRUSTED_OWNERS = (0,)  # root, besides the user
@@ -130,34 +130,22 @@ def conditions(driver: Driver, tensorrt_version: str, arch: int, plugin: Path | 
         "GPU id": driver.call("cuDeviceGetUuid", device).bytes.hex(),
         "architecture": f"sm_{arch}",
         "driver": driver_version(driver),
-        "power mode": power_mode(),
+        "power mode": Jetson().power_mode or "none",
         "plugin": file_sha256(plugin)[:16] if plugin else "none",
         "omniad-edge": version("omniad-edge"),  # how it builds may change
     }
 
 
 def driver_version(driver: Driver) -> str:
-    """NVIDIA's number where the system says it: 560.35.03, on a Jetson the release of its Linux; and CUDA's."""
-    cuda = driver.call("cuDriverGetVersion")
-    loaded = re.search(r"Kernel Module.*?\s(\d+\.[\d.]+)\s", read_text("/proc/driver/nvidia/version"))
-    release = re.match(r"# R(\d+) \(release\), REVISION: ([\d.]+)", read_text("/etc/nv_tegra_release"))
-    named = [loaded[1]] if loaded else []
-    named += [f"L4T {release[1]}.{release[2]}"] if release else []
-    return ", ".join([*named, f"CUDA {cuda // 1000}.{cuda % 1000 // 10}"])
-
-
-def power_mode() -> str:
-    """Of a Jetson, by name; of other machines "none"."""
-    number = re.search(r"pmode:(\d+)", read_text("/var/lib/nvpmodel/status"))
-    modes = re.findall(r"^< POWER_MODEL ID=(\d+) NAME=(\S+) >", read_text("/etc/nvpmodel.conf"), re.MULTILINE)
-    return {int(mode): name for mode, name in modes}.get(int(number[1]), number[1]) if number else "none"
-
-
-def read_text(path: str) -> str:
+    """NVIDIA's number where the system says it, like 570.86.15, or a Jetson's release; and CUDA's."""
     try:
-        return Path(path).read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
+        named = [Path("/sys/module/nvidia/version").read_text().strip()]
+    except OSError:  # under JetPack 6 it has no number
+        named = []
+    release = Jetson().l4t
+    named += [f"L4T {release}"] if release else []
+    cuda = driver.call("cuDriverGetVersion")
+    return ", ".join([*named, f"CUDA {cuda // 1000}.{cuda % 1000 // 10}"])
 
 
 def read_record(path: Path) -> dict | None:

@@ -25,6 +25,7 @@ from omniad_edge.engine import OnnxRuntimeEngine, open_engine
 from omniad_edge.errors import BundleError, EngineError, ExportError, InputError, MissingDependencyError
 from omniad_edge.export import bundle_export
 from omniad_edge.export.tensorrt_engine import PLUGIN_GRAPH, build_engine, network_model, network_parts
+from omniad_edge.jetson import Jetson
 from omniad_edge.kernels.fold import fold
 from omniad_edge.kernels.plan import Kernel
 from omniad_edge.preprocess import resize
@@ -295,7 +296,7 @@ def test_another_machine_builds_again_and_says_why(bundle, machine, capsys, monk
     open_engine(bundle, "tensorrt")
     capsys.readouterr()
     trt.__version__ = "10.13.3"
-    monkeypatch.setattr(plan_cache, "power_mode", lambda: "15W")
+    monkeypatch.setattr(Jetson, "power_mode", "15W")
     open_engine(bundle, "tensorrt")
     assert capsys.readouterr().err.startswith(
         "the engine built here before does not fit any more: TensorRT was 10.3.0, is 10.13.3, power mode was "
@@ -304,7 +305,7 @@ def test_another_machine_builds_again_and_says_why(bundle, machine, capsys, monk
     assert built() == 2
     open_engine(bundle, "tensorrt")
     trt.__version__ = "10.3.0"
-    monkeypatch.setattr(plan_cache, "power_mode", lambda: "none")
+    monkeypatch.setattr(Jetson, "power_mode", None)
     open_engine(bundle, "tensorrt")  # the first one is there still
     assert built() == 2
 
@@ -364,23 +365,19 @@ def test_a_plan_of_another_user_is_not_loaded(bundle, machine, capsys, monkeypat
     assert "belongs to another user: not loaded; set OMNIAD_CACHE" in capsys.readouterr().err
 
 
-def test_the_driver_is_named(machine, monkeypatch):
-    files = {"/etc/nv_tegra_release": "# R36 (release), REVISION: 4.3, GCID: 38968081, BOARD: generic"}
-    monkeypatch.setattr(plan_cache, "read_text", lambda path: files.get(path, ""))
-    driver = Driver()
-    assert plan_cache.driver_version(driver) == "L4T 36.4.3, CUDA 12.6"
-    module = "NVRM version: NVIDIA UNIX Open Kernel Module for x86_64  570.86.15  Release Build  (dvs-builder@U16)"
-    files["/proc/driver/nvidia/version"], files["/etc/nv_tegra_release"] = module, ""
-    assert plan_cache.driver_version(driver) == "570.86.15, CUDA 12.6"
-
-
-def test_the_power_mode_is_named(monkeypatch):
-    modes = "< POWER_MODEL ID=0 NAME=15W >\nCPU_ONLINE CORE_0 1\n< POWER_MODEL ID=2 NAME=MAXN_SUPER >\n"
-    files = {"/var/lib/nvpmodel/status": "pmode:0002\n", "/etc/nvpmodel.conf": modes}
-    monkeypatch.setattr(plan_cache, "read_text", lambda path: files.get(path, ""))
-    assert plan_cache.power_mode() == "MAXN_SUPER"
-    files.clear()
-    assert plan_cache.power_mode() == "none"
+def test_a_jetsons_release_and_power_mode_count(machine, monkeypatch, tmp_path):
+    files = {
+        "etc/nv_tegra_release": "# R36 (release), REVISION: 4.3, GCID: 38968081, BOARD: generic",
+        "var/lib/nvpmodel/status": "pmode:0002",
+        "etc/nvpmodel.conf": "< POWER_MODEL ID=0 NAME=15W >\n< POWER_MODEL ID=2 NAME=MAXN_SUPER >\n",
+    }
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(content)
+    monkeypatch.setattr(plan_cache, "Jetson", lambda: Jetson(tmp_path))
+    needs = plan_cache.conditions(Driver(), "10.3.0", 87, None)
+    assert needs["driver"].endswith("L4T 36.4.3, CUDA 12.6") and needs["power mode"] == "MAXN_SUPER"
+    assert needs["GPU"] == "NVIDIA Stand-in" and needs["GPU id"] == bytes(range(16)).hex()
 
 
 # With the plugin
