@@ -18,7 +18,7 @@ from .errors import MissingDependencyError, OmniADError
 
 PRESETS = ("base", "fast", "small")
 BACKBONES = ("resnet18", "resnet34", "resnet50", "wide_resnet50_2")
-BACKENDS = ("fused", "onnxruntime", "openvino")
+BACKENDS = ("fused", "tensorrt", "onnxruntime", "openvino")
 PRECISIONS = ("fp16", "fp32", "bf16")
 console = Console(stderr=True, highlight=False)
 
@@ -189,7 +189,10 @@ def image_size(text: str) -> tuple[int, int]:
 
 def numbers(text: str) -> tuple[int, ...]:
     """ "1,8" -> (1, 8)"""
-    return tuple(map(int, text.split(",")))
+    try:
+        return tuple(map(int, text.split(",")))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected whole numbers such as 1,8; got {text!r}") from None
 
 
 def require(package: str, extra: str) -> None:
