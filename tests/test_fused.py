@@ -20,7 +20,7 @@ from omniad_edge.export.plugin_graph import block_nodes, with_kernels
 from omniad_edge.image import check_frame
 from omniad_edge.kernels.plan import Kernel
 from omniad_edge.preprocess import resize
-from omniad_edge.self_test import SELF_TEST
+from omniad_edge.self_test import MAX_MAP_ERROR, SELF_TEST
 
 
 @pytest.fixture
@@ -108,7 +108,7 @@ def test_the_graph_for_tensorrt_has_its_weights_and_kernels(bundle):
         assert len(nodes) == (1 if read is model else 4)
     test = self_test_of(bundle)
     maps, _ = OnnxRuntimeEngine(model.SerializeToString()).run(test["pixels"])
-    assert np.abs(maps - test["anomaly_map"]).max() <= fused.MAX_MAP_ERROR
+    assert np.abs(maps - test["anomaly_map"]).max() <= MAX_MAP_ERROR
 
 
 def test_it_is_chosen_where_it_can_run(bundle, gpu):

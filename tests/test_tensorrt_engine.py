@@ -433,7 +433,6 @@ def test_with_the_plugin(plugin_bundle, plugin, machine, pixels):
 
 
 def test_the_exported_plugin_graph_gets_this_gpus_kernels(fused_bundle):
-    pytest.importorskip("omniad_edge.export.plugin_graph", reason="this version exports no plugin graph")
     parts = network_parts(fused_bundle, 90, Path("libomniad_plugin.so"))
     assert parts[0] == PLUGIN_GRAPH
     model = onnx.load_model_from_string(network_model(fused_bundle, 90, parts))
