@@ -39,16 +39,17 @@ from omniad_edge.evaluate import predict_images
 from omniad_edge.export.parity import compare
 from omniad_edge.files import atomic_write
 from omniad_edge.fused import BATCHES as FUSED_BATCHES
-from omniad_edge.fused import MAX_MAP_ERROR, PDL_FROM
 from omniad_edge.kernels.fold import Network, named_arrays
 from omniad_edge.kernels.jit import JitPlan
 from omniad_edge.kernels.network import TorchOps, forward
 from omniad_edge.kernels.pack import pack
+from omniad_edge.kernels.plan import PDL_FROM
 from omniad_edge.kernels.schedule import for_batch
 from omniad_edge.model import ModelConfig
 from omniad_edge.native import why_absent
 from omniad_edge.preprocess import resize
 from omniad_edge.products import write_line
+from omniad_edge.self_test import MAX_MAP_ERROR
 from omniad_edge.weights import load_run
 
 SCHEMA = 1  # of the JSON

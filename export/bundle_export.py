@@ -15,10 +15,11 @@ from ..errors import ExportError, MissingDependencyError
 from ..evaluate import Predictions, first_calibrations, held_out_samples, predict_images
 from ..kernels.fold import fold
 from ..model import OmniAD
+from ..self_test import SELF_TEST
 from ..versions import versions
 from ..weights import load_run
 from .cubins import check_targets
-from .fused_parts import fused_parts
+from .fused_parts import fused_parts, self_test
 from .onnx_graph import build_graph, weights_message
 from .parity import compare, good_only
 
@@ -70,8 +71,10 @@ def export_bundle(
     if fp16:
         parts["graphs/fp16.onnx"], _ = build_graph(network, half=True, half_weights=True)
     engines, reference, predictions = pass_gate(model, images, parts, report)
+    if fp16:
+        parts[SELF_TEST] = self_test(reference)
     if targets:
-        parts |= fused_parts(network, targets, reference, progress)
+        parts |= fused_parts(network, targets, progress)
     calibrations = first_calibrations(good_only(first(predictions, len(good))), data, facts["holdout"])
     manifest = {
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),

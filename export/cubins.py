@@ -9,13 +9,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import ExportError, MissingDependencyError
-from ..kernels.plan import Kernel, Launch, Plan
+from ..kernels.plan import PDL_FROM, Kernel, Launch, Plan
 
 # KiB of shared memory that one program may take (CUDA C++ programming guide, table of
 # compute capabilities); Triton does not check it ahead of time.
 SHARED_KIB = {80: 163, 86: 99, 87: 163, 89: 99, 90: 227, 100: 227, 110: 227, 120: 99, 121: 99}
 TYPES = {"float16": "*fp16", "float32": "*fp32", "uint8": "*u8", "int32": "*i32"}
-PDL_FROM = 90  # programmatic dependent launch
 # Triton 3.6 brings assemblers of CUDA 12.8 and, for Blackwell, 12.9; they do not know these.
 NEEDS_CUDA_13 = (110,)
 

@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 
 from ..evaluate import Predictions
-from ..fused import PLAN, SELF_TEST
+from ..fused import PLAN
 from ..kernels.fold import Network
 from ..kernels.plan import Kernel, Plan
 from ..versions import versions
@@ -25,10 +25,9 @@ SELF_TEST_IMAGES = 4
 def fused_parts(
     network: Network,
     targets: Sequence[str],
-    reference: Predictions,
     report: Callable[[str], None] | None = None,
 ) -> dict[str, bytes]:
-    """name -> content. targets: like "sm_87"; reference: the trained network's predictions that the gate saw.
+    """name -> content. targets: like "sm_87".
 
     report is called with a line per architecture. Raises ExportError as `cubins` does.
     """
@@ -37,7 +36,7 @@ def fused_parts(
     from .plugin_nodes import build_plugin_graph
 
     plan = build_plan(network, batch=1)
-    parts = {PLAN: json.dumps(plan.to_dict()).encode(), SELF_TEST: self_test(reference)}
+    parts = {PLAN: json.dumps(plan.to_dict()).encode()}
     parts["graphs/plugin.onnx"], _ = build_plugin_graph(network)
     for arch in check_targets(targets):
         code, index = bytearray(), {}
@@ -67,7 +66,8 @@ def compile_plans(plans: Iterable[Plan], arch: int) -> dict[str, Kernel]:
 
 
 def self_test(reference: Predictions) -> bytes:
-    """A few of the images, spread over them, with their maps; and the deviation of the scores of all, or 0."""
+    """A few of the images that the gate saw, spread over them, with the trained network's maps; and the deviation
+    of the scores of all, or 0."""
     pixels, anomaly_maps = reference.images.pixels, reference.anomaly_maps
     chosen = np.unique(np.linspace(0, len(pixels) - 1, SELF_TEST_IMAGES).astype(int))
     file = io.BytesIO()

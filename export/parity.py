@@ -5,8 +5,8 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 from ..evaluate import Predictions, calibrate_products
-from ..fused import MAX_MAP_ERROR, MAX_SCORE_ERROR
 from ..metrics import auroc
+from ..self_test import MAX_MAP_ERROR, MAX_SCORE_ERROR
 
 FEWEST_SCORES = 8  # that have a standard deviation worth the name
 FEWEST_RANKS = 50  # from here on two neighbours may change places: that costs 12 / (n^3 - n), 1e-4 of 50

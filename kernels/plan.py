@@ -11,6 +11,7 @@ from math import prod
 
 import numpy as np
 
+PDL_FROM = 90  # the first architecture with programmatic dependent launch
 ALIGN_BYTES = 256  # of every buffer; Triton may then use its widest loads
 
 

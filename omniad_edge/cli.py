@@ -18,7 +18,7 @@ from .errors import MissingDependencyError, OmniADError
 
 PRESETS = ("base", "fast", "small")
 BACKBONES = ("resnet18", "resnet34", "resnet50", "wide_resnet50_2")
-BACKENDS = ("fused", "onnxruntime", "openvino")
+BACKENDS = ("fused", "tensorrt", "onnxruntime", "openvino")
 PRECISIONS = ("fp16", "fp32", "bf16")
 console = Console(stderr=True, highlight=False)
 
@@ -94,6 +94,15 @@ def parser() -> argparse.ArgumentParser:
         help="GPUs to add fused kernels for, like sm_87,sm_90 (Jetson Orin and Thor: sm_87,sm_110); needs --fp16",
     )
     sub.add_argument("--data", type=Path, help="the data set, if it is no longer where it was trained from")
+    sub.add_argument(
+        "--engine", choices=["tensorrt"], help="also do `omniad build`, for this machine's GPU; needs --fp16"
+    )
+
+    sub = command("build", build, "build a bundle's TensorRT engine, on the device that will run it")
+    sub.add_argument("bundle", type=Path)
+    sub.add_argument("--batches", type=numbers, default="1,8", help="images at once, 1 among them")
+    sub.add_argument("--workspace", default="1GB", help="memory that a layer may take for itself")
+    sub.add_argument("--device", default="gpu", help="gpu; for a DLA it says why not")
 
     sub = command("calibrate", calibrate, "set a bundle's thresholds from good parts")
     sub.add_argument("bundle", type=Path, help="changed in place, atomically")
@@ -178,6 +187,14 @@ def image_size(text: str) -> tuple[int, int]:
         raise argparse.ArgumentTypeError(f"expected a size such as 256 or 256x320; got {text!r}") from None
 
 
+def numbers(text: str) -> tuple[int, ...]:
+    """ "1,8" -> (1, 8)"""
+    try:
+        return tuple(map(int, text.split(",")))
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected whole numbers such as 1,8; got {text!r}") from None
+
+
 def require(package: str, extra: str) -> None:
     if importlib.util.find_spec(package) is None:
         raise MissingDependencyError(package, extra)
@@ -236,6 +253,10 @@ def export(options: argparse.Namespace) -> None:
     require_training()
     if options.targets:
         require("triton", "kernels")
+    if options.engine:
+        from .tensorrt_engine import check_machine
+
+        check_machine(options.fp16)  # before the minutes that the rest takes
     from .export.bundle_export import export_bundle
 
     made = export_bundle(
@@ -244,6 +265,31 @@ def export(options: argparse.Namespace) -> None:
     for product, calibration in made.calibrations.items():
         print_calibration(product, calibration)
     print(f"{made.path}: {made.size_bytes / 1e6:.1f} MB, {'fp16' if options.fp16 else 'fp32'}")
+    if options.engine:
+        build_engine(options.out)
+
+
+def build(options: argparse.Namespace) -> None:
+    from .export.tensorrt_engine import check_device
+    from .sizes import size_bytes
+
+    check_device(options.device)
+    build_engine(options.bundle, options.batches, size_bytes(options.workspace))
+
+
+def build_engine(path: Path, batches: Sequence[int] | None = None, workspace_bytes: int | None = None) -> None:
+    """Opens the bundle's TensorRT engine, which builds it where it is not there; says which one `auto` takes."""
+    from .bundle import read_bundle
+    from .engine import open_engine
+    from .tensorrt_engine import TensorRtEngine
+
+    bundle = read_bundle(path)
+    engine = TensorRtEngine(bundle, "TensorRT in fp16", batches, workspace_bytes)
+    of_batches = ", ".join(map(str, engine.batches))
+    print(f"engine      {engine.reason}; {of_batches} images at once; self-test passed")
+    print(f"kept        {engine.path}")
+    del engine  # `auto` may need its memory
+    print(f"auto        {open_engine(bundle).reason}")
 
 
 def calibrate(options: argparse.Namespace) -> None:

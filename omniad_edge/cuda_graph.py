@@ -76,6 +76,7 @@ class CudaGraphPlan:
             self.events.append(call("cuEventCreate", api.CUevent_flags.CU_EVENT_DEFAULT))
             owned.callback(free, "cuEventDestroy", self.events[-1])
         self.staging = self.pin(owned)
+        self.mapped = self.used_in_place()
         self.resize = None
         if self.plan.front is not None:
             addresses = {name: int(self.address(name)) for name in self.plan.buffers}
@@ -104,6 +105,16 @@ class CudaGraphPlan:
             address = int(address) + aligned(buffer.size_bytes)
         return staging
 
+    def used_in_place(self) -> set[str]:
+        """Names of what needs no copy, as a GPU without memory of its own (Jetson) uses the host's where it lies.
+
+        Not pixels that a resized frame is written to: only the GPU uses those.
+        """
+        shared = all(
+            self.driver.attribute(self.context.device, name) for name in ("INTEGRATED", "UNIFIED_ADDRESSING")
+        )
+        return set() if not shared else {*self.outputs, *(self.inputs if self.plan.front is None else ())}
+
     def launch(self, loaded: Sequence[LoadedKernel]) -> None:
         for launch, kernel in zip(self.plan.launches, loaded, strict=True):
             values = parameters(launch, lambda name: int(self.address(name)))
@@ -127,7 +138,9 @@ class CudaGraphPlan:
             self.driver.free("cuGraphDestroy", graph)
 
     def address(self, name: str) -> Any:
-        """Of a buffer, on the GPU."""
+        """Of a buffer, for the GPU."""
+        if name in self.mapped:  # with unified addressing the host's address is the GPU's too
+            return self.driver.api.CUdeviceptr(self.staging[name].ctypes.data)
         return self.driver.api.CUdeviceptr(int(self.arena) + self.plan.buffers[name].offset_bytes)
 
     def run(self, inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
@@ -183,6 +196,8 @@ class CudaGraphPlan:
         call = self.driver.call
         call("cuGraphLaunch", self.graph, self.stream)
         for name, buffer in self.outputs.items():
+            if name in self.mapped:
+                continue
             host = self.staging[name].ctypes.data
             call("cuMemcpyDtoHAsync", host, self.address(name), buffer.size_bytes, self.stream)
         call("cuStreamSynchronize", self.stream)
@@ -204,7 +219,8 @@ class CudaGraphPlan:
         call, api, size = self.driver.call, self.driver.api, self.inputs[name].size_bytes
         if isinstance(source, np.ndarray):
             np.copyto(self.staging[name], source)
-            call("cuMemcpyHtoDAsync", self.address(name), self.staging[name].ctypes.data, size, self.stream)
+            if name not in self.mapped:
+                call("cuMemcpyHtoDAsync", self.address(name), self.staging[name].ctypes.data, size, self.stream)
             return
         wait_for(self.driver, source, self.stream, self.events[0])
         call("cuMemcpyDtoDAsync", self.address(name), api.CUdeviceptr(source.address), size, self.stream)

@@ -23,8 +23,9 @@ class Detector:
     """Gives verdicts on frames with the engine and the thresholds of a bundle.
 
     bundle:    path of a `.omniad` file
-    backend:   "fused" (an NVIDIA GPU), "onnxruntime", "openvino" or "auto"; `reason` says why auto chose it
-    precision: "fp16" (fused), "fp32", "bf16" (OpenVINO, only if the bundle passed the gate in it) or "auto"
+    backend:   "fused" or "tensorrt" (an NVIDIA GPU), "onnxruntime", "openvino" or "auto"; `reason` says why auto
+               chose it. "tensorrt" builds its engine where there is none in the cache yet, which takes minutes
+    precision: "fp16" (on GPUs), "fp32", "bf16" (OpenVINO, only if the bundle passed the gate in it) or "auto"
     threads:   CPU threads of the engine; None leaves it to the backend
     engine:    one that is open already, in place of one by backend, precision and threads
 

@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
-from . import fused, native
+from . import fused, native, tensorrt_engine
 from .bundle import Bundle, read_bundle
 from .cameras.camera_process import CameraProcess, interpreter
 from .cuda_driver import Driver
@@ -286,6 +286,7 @@ def engine_objections(bundle: Bundle) -> dict[str, str]:
     """Why `auto` would not take an engine for this bundle here; empty where it might."""
     return {
         "fused fp16": fused.objection(bundle, fused.device_architecture()),
+        "tensorrt fp16": tensorrt_engine.objection(bundle),
         "openvino bf16": objection(bundle, "bf16"),
         "openvino fp32": objection(bundle, "fp32"),
         "onnxruntime fp32": "",

@@ -9,13 +9,14 @@ from typing import Protocol
 
 import numpy as np
 
-from . import fused
+from . import fused, tensorrt_engine
 from .bundle import Bundle
 from .errors import EngineError, InputError, MissingDependencyError
+from .gpu_choice import open_gpu_engine
 from .image import FrameArray, check_frame
 from .preprocess import resize
 
-BACKENDS = ("fused", "onnxruntime", "openvino")
+BACKENDS = ("fused", "tensorrt", "onnxruntime", "openvino")
 PRECISIONS = ("fp16", "fp32", "bf16")
 DISTANCES = ("distance_0", "distance_1", "distance_2")  # tensors of the graph: 1 - cosine of each scale
 
@@ -191,9 +192,10 @@ def open_engine(
 ) -> Engine:
     """The engine for `bundle` on this machine.
 
-    "auto" takes the fused kernels where the bundle has them for the NVIDIA GPU at hand. Else OpenVINO, the faster
-    one on CPUs, where it is installed and the bundle passed the parity gate on it: in bf16 if the CPU has it and
-    the bundle passed in it too. Otherwise it takes ONNX Runtime in fp32.
+    "auto" takes the NVIDIA GPU at hand: the fused kernels if the bundle has them for it, or TensorRT if its engine
+    was built already; of both the faster. Else OpenVINO, the faster one on CPUs, where it is installed and the
+    bundle passed the parity gate on it: in bf16 if the CPU has it and the bundle passed in it too. Otherwise it
+    takes ONNX Runtime in fp32.
     Raises InputError for an unknown name, MissingDependencyError or EngineError where what was asked for is not
     to be had here; never takes something else instead.
     """
@@ -203,19 +205,26 @@ def open_engine(
         raise InputError(f"precision: expected auto, {', '.join(PRECISIONS)}; got {precision!r}")
     if threads is not None and (type(threads) is not int or threads < 1):
         raise InputError(f"threads: expected a whole number from 1 on, or None; got {threads!r}")
-    if backend == "fused" and precision not in ("auto", "fp16"):
-        raise EngineError(f"the fused kernels compute in fp16; for {precision} use another backend")
+    if backend in ("fused", "tensorrt") and precision not in ("auto", "fp16"):
+        names = {"fused": "the fused kernels compute", "tensorrt": "TensorRT computes"}
+        raise EngineError(f"{names[backend]} in fp16; for {precision} use another backend")
     if backend in ("onnxruntime", "openvino") and precision == "fp16":
         raise EngineError("CPUs compute in fp32 or bf16; fp16 is the precision of backend='fused', on a GPU")
-    if backend == "fused" or precision == "fp16":
+    if backend == "fused":
         return fused.FusedEngine(bundle, "fused kernels in fp16: asked for")
+    if backend == "tensorrt":
+        return tensorrt_engine.TensorRtEngine(bundle, "TensorRT in fp16: asked for")
     no_gpu = ""
-    if (backend, precision) == ("auto", "auto"):
-        arch = fused.device_architecture()
-        against = fused.objection(bundle, arch)
-        if not against:
-            return fused.FusedEngine(bundle, "fused kernels in fp16: the bundle has them for this GPU")
-        no_gpu = "" if arch is None else f"; not the GPU, because {against}"
+    arch = fused.device_architecture() if precision in ("auto", "fp16") and backend == "auto" else None
+    if arch is not None or precision == "fp16":
+        not_fused, not_tensorrt = fused.objection(bundle, arch), tensorrt_engine.objection(bundle)
+        if not (not_fused and not_tensorrt):
+            return open_gpu_engine(bundle, not_fused, not_tensorrt)
+        if precision == "fp16":
+            raise EngineError(f"precision fp16: {not_fused}; nor TensorRT: {not_tensorrt}")
+        no_gpu = f"; not the GPU, because {not_fused}; nor TensorRT: {not_tensorrt}"
+    elif backend == precision == "auto" and fused.PLAN in bundle.parts:
+        no_gpu = f"; not the GPU that the bundle has kernels for: {fused.objection(bundle, None)}"
     engine = open_cpu_engine(bundle, backend, precision, threads)
     engine.reason += no_gpu
     return engine

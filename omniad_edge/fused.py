@@ -1,12 +1,9 @@
 """The fused engine: a bundle's own kernels on an NVIDIA GPU, as one CUDA graph. No torch, no Triton."""
 
-import io
 import json
 import threading
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from itertools import chain
-from zipfile import BadZipFile
 
 import numpy as np
 
@@ -16,16 +13,13 @@ from .cuda_graph import CudaGraphPlan
 from .errors import BundleError, EngineError
 from .image import FrameArray
 from .kernels.pack import pack
-from .kernels.plan import Kernel, Plan
+from .kernels.plan import PDL_FROM, Kernel, Plan
 from .kernels.schedule import for_batch
 from .onnx_weights import read_weights
+from .self_test import read_self_test
 
-PLAN, SELF_TEST = "fused/plan.json", "fused/self_test.npz"
-PDL_FROM = 90  # the first architecture with programmatic dependent launch
+PLAN = "fused/plan.json"
 BATCHES = (8, 1)  # a graph for each; other numbers of images are made of these
-# fp16 rounding of the whole network; further away something is wrong with this GPU, its driver or the kernels.
-MAX_MAP_ERROR = 3e-4
-MAX_SCORE_ERROR = 0.02  # in standard deviations of the scores that the parity gate saw
 
 
 class FusedEngine:
@@ -44,14 +38,14 @@ class FusedEngine:
         arch = device_architecture()
         if against := objection(bundle, arch):
             raise EngineError(f"backend fused: {against}")
-        test = read_self_test(bundle)
+        self_test = read_self_test(bundle)
         if absent := native.why_absent():
             self.executor = PythonExecutor(bundle, arch)
             self.reason = f"{reason}; launched from Python: {absent}"
         else:
             self.executor = native.NativeExecutor(bundle.parts, BATCHES)
             self.reason = f"{reason}; launched from C++"
-        self.self_test(*test)
+        self_test.check(self)
 
     def run(self, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         outputs = [self.executor.run(images) for images in in_batches(pixels)]
@@ -66,15 +60,6 @@ class FusedEngine:
         anomaly_map, pred_score, preprocess_ms = zip(*outputs, strict=True)
         return np.concatenate(anomaly_map), np.concatenate(pred_score), list(chain(*preprocess_ms))
 
-    def self_test(self, pixels: np.ndarray, anomaly_maps: np.ndarray, score_deviation: float) -> None:
-        """score_deviation: 0 where the gate saw too few images to have one."""
-        for image, truth in zip(pixels, anomaly_maps, strict=True):
-            maps, scores, _ = self.run_frames([image[..., ::-1]])  # resizing to the same size is a copy
-            check_error("anomaly map", float(np.abs(maps[0] - truth).max()), MAX_MAP_ERROR)
-            if score_deviation:
-                error = abs(float(scores[0]) - float(truth.max())) / score_deviation
-                check_error("score in standard deviations", error, MAX_SCORE_ERROR)
-
 
 class PythonExecutor:
     """What `native.NativeExecutor` does, from Python: a CudaGraphPlan for each of BATCHES, made when first needed.
@@ -84,11 +69,13 @@ class PythonExecutor:
     """
 
     def __init__(self, bundle: Bundle, arch: int) -> None:
-        with reading_parts():
+        try:
             self.plan = Plan.from_dict(json.loads(bundle.parts[PLAN]))
             self.weights = pack(self.plan, read_weights(bundle.parts[WEIGHTS]))
             kernels = read_kernels(bundle, arch)
             self.kernels = [kernels[self.plan.kernel_key(launch)] for launch in self.plan.all_launches]
+        except (KeyError, TypeError, ValueError, AttributeError) as exc:
+            raise BundleError(f"fused/* is not as omniad-export writes it: {exc!r}; export again") from exc
         self.pdl = arch >= PDL_FROM
         self.lock = threading.Lock()
         self.graphs: dict[int, CudaGraphPlan] = {}
@@ -130,40 +117,17 @@ def map_and_score(outputs: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.nda
     return outputs["anomaly_map"], outputs["peaks"].max(1)
 
 
-def check_error(what: str, error: float, limit: float) -> None:
-    if not error <= limit:
-        raise EngineError(
-            f"backend fused: its {what} of a self-test image is {error:.2g} off, {limit} is allowed; update the "
-            "driver, export again, or use backend='onnxruntime'"
-        )
-
-
 def objection(bundle: Bundle, arch: int | None) -> str:
     """Why this bundle cannot run on a GPU of this architecture (None: there is none); empty if it can."""
     if arch is None:
-        bindings = "driver or cuda-bindings was found (omniad-edge[cuda])"
-        return f"no NVIDIA GPU, {bindings}" if native.why_absent() else "no NVIDIA GPU or driver was found"
+        what = "GPU, driver or cuda-bindings" if native.why_absent() else "GPU or driver"
+        return f"no NVIDIA {what} was found; `omniad doctor` says which"
     if PLAN not in bundle.parts:
         return f"the bundle has no GPU kernels; export it with --targets sm_{arch}"
     if f"fused/sm_{arch}.bin" not in bundle.parts:
         has = sorted(name[6:-4] for name in bundle.parts if name.endswith(".bin"))
         return f"the bundle has kernels for {', '.join(has)}; export it with --targets sm_{arch} too"
     return ""
-
-
-@contextmanager
-def reading_parts() -> Iterator[None]:
-    """Raises BundleError for whatever goes wrong in it."""
-    try:
-        yield
-    except (KeyError, TypeError, ValueError, AttributeError, OSError, EOFError, BadZipFile) as exc:
-        raise BundleError(f"fused/* is not as omniad-export writes it: {exc!r}; export again") from exc
-
-
-def read_self_test(bundle: Bundle) -> tuple[np.ndarray, np.ndarray, float]:
-    """Pixels, the trained network's maps of them, and the deviation of scores."""
-    with reading_parts(), np.load(io.BytesIO(bundle.parts[SELF_TEST]), allow_pickle=False) as test:
-        return test["pixels"], test["anomaly_map"], float(test["score_deviation"])
 
 
 def read_kernels(bundle: Bundle, arch: int) -> dict[str, Kernel]:

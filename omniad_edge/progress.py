@@ -1,4 +1,4 @@
-"""What training shows on stderr: a bar in a terminal, else a plain line an epoch, one in five seconds."""
+"""What takes long shows itself on stderr: a bar in a terminal, else a plain line, at most one in five seconds."""
 
 import sys
 import time
@@ -6,11 +6,21 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 LINE_EVERY_S = 5.0
 
 Report = Callable[[dict], None]
+PhaseReport = Callable[
+    [str, int, int], None
+]  # name of the phase, steps done, steps of it; at its end these are equal
 
 
 def say(text: str) -> None:
@@ -42,6 +52,46 @@ def counting(what: str, total: int) -> Iterator[Callable[[int], None]]:
     with Progress(console=Console(stderr=True)) as bar:
         task = bar.add_task(what, total=total)
         yield lambda done: bar.update(task, completed=done)
+
+
+@contextmanager
+def phase_display(what: str) -> Iterator[PhaseReport]:
+    """Give a function that takes reports of phases, which may lie within each other; calls must take turns."""
+    console, started = Console(stderr=True), time.monotonic()
+    if not console.is_terminal:
+        say(f"{what}; this takes minutes")
+        yield plain_phases(what, started)
+        say(f"{what}: ended after {time.monotonic() - started:.0f} s")
+        return
+    text = TextColumn("{task.description}", markup=False)  # a phase's name may have brackets
+    columns = (text, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as bars:
+        bars.add_task(what, total=None)
+        tasks = {}
+
+        def update(phase: str, done: int, steps: int) -> None:
+            if done == steps:
+                if phase in tasks:
+                    bars.remove_task(tasks.pop(phase))
+            elif phase in tasks:
+                bars.update(tasks[phase], completed=done)
+            else:
+                tasks[phase] = bars.add_task(f"  {phase}", total=steps)
+
+        yield update
+
+
+def plain_phases(what: str, started: float) -> PhaseReport:
+    last_line = started
+
+    def line(phase: str, done: int, steps: int) -> None:
+        nonlocal last_line
+        now = time.monotonic()
+        if now - last_line >= LINE_EVERY_S:
+            last_line = now
+            say(f"{what}: {phase}, {done} of {steps}, {now - started:.0f} s")
+
+    return line
 
 
 def plain_lines() -> Report:

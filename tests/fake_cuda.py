@@ -21,6 +21,7 @@ from omniad_edge.kernels.resize_tables import MAX_TAPS, Tables, resize_reference
 
 WITH_VALUE = (
     *("cuCtxGetCurrent", "cuCtxGetDevice", "cuCtxPopCurrent", "cuDeviceGet", "cuDeviceGetAttribute"),
+    *("cuDeviceGetName", "cuDeviceGetUuid", "cuDriverGetVersion"),
     *("cuDevicePrimaryCtxRetain", "cuEventCreate", "cuEventElapsedTime", "cuGraphInstantiate", "cuMemAlloc"),
     *("cuMemHostAlloc", "cuModuleGetFunction", "cuModuleLoadData", "cuStreamCreate", "cuStreamEndCapture"),
 )
@@ -97,6 +98,8 @@ class FakeCuda:
             "CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR",
             "CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR",
             "CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN",
+            "CU_DEVICE_ATTRIBUTE_INTEGRATED",
+            "CU_DEVICE_ATTRIBUTE_UNIFIED_ADDRESSING",
         ],
     )
     CUfunction_attribute = IntEnum("CUfunction_attribute", ["CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES"])
@@ -111,8 +114,8 @@ class FakeCuda:
     def CUlaunchConfig():
         return SimpleNamespace(attrs=[], numAttrs=0)
 
-    def __init__(self, arch: int = 90, shared_bytes: int = 227 * 1024) -> None:
-        self.attributes = (None, arch // 10, arch % 10, shared_bytes)
+    def __init__(self, arch: int = 90, shared_bytes: int = 227 * 1024, integrated: bool = False) -> None:
+        self.attributes = (None, arch // 10, arch % 10, shared_bytes, int(integrated), 1)
         self.calls, self.failures, self.alive = [], {}, {}
         self.missing_library, self.dead, self.hook = False, "", None
         self.memory, self.queues, self.events = {}, {}, {}
@@ -159,6 +162,18 @@ class FakeCuda:
     @driver_call(context=False)
     def cuCtxGetCurrent(self):
         return Handle(self.stack()[-1] if self.stack() else 0)
+
+    @driver_call(context=False)
+    def cuDeviceGetName(self, size, device):
+        return b"NVIDIA Stand-in".ljust(size, b"\0")
+
+    @driver_call(context=False)
+    def cuDeviceGetUuid(self, device):
+        return SimpleNamespace(bytes=bytes(range(16)))
+
+    @driver_call(context=False)
+    def cuDriverGetVersion(self):
+        return 12060
 
     @driver_call()
     def cuCtxGetDevice(self):

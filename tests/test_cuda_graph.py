@@ -136,6 +136,24 @@ def test_shared_memory_is_asked_for_above_48_kib(cuda, graph):
     assert asked[2] == 100 * 1024
 
 
+def test_an_integrated_gpu_uses_the_hosts_memory_in_place():
+    cuda = FakeCuda(integrated=True)
+    with CudaGraphPlan(PLAN, KERNELS, WEIGHTS, True, cuda) as graph:
+        cuda.calls.clear()
+        outputs = graph.run({"pixels": PIXELS})
+        assert outputs["anomaly_map"].tobytes() == MAP and (outputs["peaks"] == WEIGHTS["bias"]).all()
+        graph.run({"pixels": OnGpu(cuda, PIXELS)})
+        assert [name for name in cuda.names() if name.startswith("cuMemcpy")] == ["cuMemcpyDtoDAsync"]
+        assert {cuda.alive[start] for start in places(cuda, graph)} == {"pinned memory"}
+    check_all_freed(cuda)
+
+
+def places(cuda: FakeCuda, graph: CudaGraphPlan) -> set[int]:
+    """Where the allocations start that inputs and outputs lie in."""
+    addresses = [int(graph.address(name)) for name in ("pixels", "anomaly_map", "peaks")]
+    return {start for start, (size, _) in cuda.memory.items() for a in addresses if start <= a < start + size}
+
+
 def test_too_much_shared_memory_is_refused():
     cuda = FakeCuda(arch=89, shared_bytes=99 * 1024)
     with pytest.raises(

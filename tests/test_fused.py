@@ -20,6 +20,7 @@ from omniad_edge.export.plugin_graph import block_nodes, with_kernels
 from omniad_edge.image import check_frame
 from omniad_edge.kernels.plan import Kernel
 from omniad_edge.preprocess import resize
+from omniad_edge.self_test import MAX_MAP_ERROR, SELF_TEST
 
 
 @pytest.fixture
@@ -43,14 +44,14 @@ def bundle(small_run, tmp_path, compiled) -> Bundle:
 
 
 def self_test_of(bundle: Bundle) -> dict[str, np.ndarray]:
-    with np.load(io.BytesIO(bundle.parts[fused.SELF_TEST]), allow_pickle=False) as test:
+    with np.load(io.BytesIO(bundle.parts[SELF_TEST]), allow_pickle=False) as test:
         return dict(test)
 
 
 def with_self_test(bundle: Bundle, **changes) -> Bundle:
     file = io.BytesIO()
     np.savez(file, **{name: v for name, v in (self_test_of(bundle) | changes).items() if v is not None})
-    return Bundle(bundle.manifest, bundle.parts | {fused.SELF_TEST: file.getvalue()})
+    return Bundle(bundle.manifest, bundle.parts | {SELF_TEST: file.getvalue()})
 
 
 class Graph:
@@ -108,7 +109,7 @@ def test_the_graph_for_tensorrt_has_its_weights_and_kernels(bundle):
         assert len(nodes) == (1 if read is model else 4)
     test = self_test_of(bundle)
     maps, _ = OnnxRuntimeEngine(model.SerializeToString()).run(test["pixels"])
-    assert np.abs(maps - test["anomaly_map"]).max() <= fused.MAX_MAP_ERROR
+    assert np.abs(maps - test["anomaly_map"]).max() <= MAX_MAP_ERROR
 
 
 def test_it_is_chosen_where_it_can_run(bundle, gpu):
@@ -207,9 +208,9 @@ def test_precisions(bundle, gpu):
         (fused.PLAN, b"{}"),
         (fused.PLAN, b"x"),
         ("fused/sm_90.json", b"[]"),
-        (fused.SELF_TEST, b""),
-        (fused.SELF_TEST, b"PK"),
-        (fused.SELF_TEST, b"PK\3\4 cut"),
+        (SELF_TEST, b""),
+        (SELF_TEST, b"PK"),
+        (SELF_TEST, b"PK\3\4 cut"),
     ],
 )
 def test_a_crafted_part_is_refused(bundle, gpu, part, content):

@@ -15,8 +15,8 @@ from test_native_runtime import check_launches, given_back, names
 
 from omniad_edge import native as native_module
 from omniad_edge.errors import EngineError
-from omniad_edge.fused import SELF_TEST
 from omniad_edge.native import NativeExecutor
+from omniad_edge.self_test import SELF_TEST
 
 FRAME_SIZES = [
     (31, 40),

@@ -21,8 +21,8 @@ from omniad_edge.errors import BundleError, ExportError, InputError
 from omniad_edge.export.onnx_graph import build_graph, weights_message
 from omniad_edge.export.triton_repository import write_triton_repository
 from omniad_edge.files import atomic_folder
-from omniad_edge.fused import MAX_MAP_ERROR
 from omniad_edge.kernels.fold import fold
+from omniad_edge.self_test import MAX_MAP_ERROR
 from omniad_edge.weights import load_checkpoint
 
 pytest.importorskip("tritonclient", reason="the server's schema comes with it: pip install 'tritonclient[grpc]'")

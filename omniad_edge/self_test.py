@@ -1,0 +1,55 @@
+"""A few images in a bundle with the trained network's maps, to compare a GPU's with before its first frame."""
+
+import io
+from dataclasses import dataclass
+from zipfile import BadZipFile
+
+import numpy as np
+
+from .bundle import Bundle
+from .errors import BundleError, EngineError
+
+SELF_TEST = "fused/self_test.npz"
+# fp16 rounding of the whole network; further away something is wrong with this GPU, its driver or the kernels.
+MAX_MAP_ERROR = 3e-4
+MAX_SCORE_ERROR = 0.02  # in standard deviations of the scores that the parity gate saw
+
+
+@dataclass(frozen=True)
+class SelfTest:
+    """pixels: (n, H, W, 3) uint8 RGB; anomaly_maps: (n, H, W) float32, the trained network's.
+
+    score_deviation: standard deviation of all scores that the parity gate saw; 0 where it saw too few to have one
+    """
+
+    pixels: np.ndarray
+    anomaly_maps: np.ndarray
+    score_deviation: float
+
+    def check(self, engine) -> None:
+        """Raises EngineError if the engine's maps or scores of these images are not the trained network's."""
+        for image, truth in zip(self.pixels, self.anomaly_maps, strict=True):
+            maps, scores, _ = engine.run_frames([image[..., ::-1]])  # resizing to the same size is a copy
+            check_error(engine, "anomaly map", float(np.abs(maps[0] - truth).max()), MAX_MAP_ERROR)
+            if self.score_deviation:
+                error = abs(float(scores[0]) - float(truth.max())) / self.score_deviation
+                check_error(engine, "score in standard deviations", error, MAX_SCORE_ERROR)
+
+
+def read_self_test(bundle: Bundle) -> SelfTest:
+    """Raises BundleError where the bundle has none, or not as omniad-export writes it."""
+    if SELF_TEST not in bundle.parts:
+        raise BundleError("the bundle has no self-test images for a GPU; export it again with --fp16")
+    try:
+        with np.load(io.BytesIO(bundle.parts[SELF_TEST]), allow_pickle=False) as test:
+            return SelfTest(test["pixels"], test["anomaly_map"], float(test["score_deviation"]))
+    except (KeyError, TypeError, ValueError, OSError, EOFError, BadZipFile) as exc:
+        raise BundleError(f"{SELF_TEST} is not as omniad-export writes it: {exc!r}; export again") from exc
+
+
+def check_error(engine, what: str, error: float, limit: float) -> None:
+    if not error <= limit:
+        raise EngineError(
+            f"backend {engine.backend}: its {what} of a self-test image is {error:.2g} off, {limit} is allowed; "
+            "update the driver, export again, or use backend='onnxruntime'"
+        )
