@@ -13,7 +13,7 @@ import numpy as np
 
 from . import fused
 from .bundle import Bundle
-from .cuda_driver import Context, Driver
+from .cuda_driver import Context, Driver, device_architecture
 from .cuda_graph import CudaGraphPlan, release
 from .errors import BundleError, EngineError, ExportError, OmniADError
 from .export.tensorrt_engine import (
@@ -203,9 +203,9 @@ class Target:
 
     def __init__(self, bundle: Bundle) -> None:
         self.trt = import_tensorrt()
-        self.arch = fused.device_architecture()
+        self.arch = device_architecture()
         if self.arch is None:
-            raise EngineError("no NVIDIA GPU, driver or cuda-bindings was found (omniad-edge[tensorrt])")
+            raise EngineError("no NVIDIA GPU, driver or cuda-bindings was found; `omniad doctor` says which")
         library = find_plugin()
         self.parts = network_parts(bundle, self.arch, library)
         self.plugin = library if PLUGIN_GRAPH in self.parts else None
@@ -247,7 +247,7 @@ def check_machine(fp16: bool) -> None:
     if not fp16:
         raise ExportError("--engine: TensorRT computes in fp16 here; export with --fp16 too")
     import_tensorrt()
-    if fused.device_architecture() is None:
+    if device_architecture() is None:
         raise EngineError(
             "--engine: an engine is built on the machine that runs it, and here is no NVIDIA GPU; export without "
             "--engine, then run on that machine: omniad build BUNDLE"

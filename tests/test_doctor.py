@@ -149,6 +149,7 @@ def test_on_a_jetson_bindings_fit_its_cuda(tmp_path, monkeypatch, release, comma
 
     monkeypatch.setattr(doctor, "driver_library", lambda: True)
     monkeypatch.setattr(doctor, "Driver", none)
+    monkeypatch.setattr(fused, "device_architecture", lambda: None)
     files = {name: text for name, text in ORIN_NANO.items() if name != "var/lib/dpkg/status"}
     jetson = Jetson(write_tree(tmp_path, files | {"etc/nv_tegra_release": release}))
     assert doctor.look_at_gpu(jetson)[1].fix == command

@@ -17,7 +17,7 @@ import onnx
 import pytest
 from fake_cuda import FakeCuda, OnGpu, check_all_freed, cubin
 
-from omniad_edge import Detector, gpu_choice, plan_cache
+from omniad_edge import Detector, gpu_choice, native, plan_cache
 from omniad_edge.bundle import Bundle, read_bundle, write_bundle
 from omniad_edge.cli import main
 from omniad_edge.cuda_driver import Driver
@@ -80,6 +80,7 @@ def machine(monkeypatch, tmp_path) -> Iterator[FakeCuda]:
     """A GPU of sm_90 with TensorRT 10.3, and an empty cache; in the end nothing of the GPU's may be left."""
     driver = FakeCuda()
     monkeypatch.setattr(cuda.bindings, "driver", driver)
+    monkeypatch.setattr(native, "why_absent", lambda: "it was not built")  # its driver is another
     monkeypatch.setitem(sys.modules, "tensorrt", trt)
     monkeypatch.setenv("OMNIAD_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("OMNIAD_PLUGIN", raising=False)
