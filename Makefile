@@ -16,7 +16,7 @@ demo: $(VENV)/ready
 test: $(VENV)/ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 # The wheel alone, without torch, gives a verdict from the demo's bundle.
 wheel-test: $(VENV)/ready demo/line.omniad

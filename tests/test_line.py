@@ -335,8 +335,13 @@ def test_images_go_together_where_that_is_quicker(one_s, eight_s, deadline_ms, b
 
 
 def test_a_film_is_not_read_far_ahead_of_the_engine():
+    class Slow(FakeDetector):
+        def __call__(self, images, product=None):
+            sleep(0.04)  # so that it takes one image a call
+            return super().__call__(images, product)
+
     frames = [np.full((8, 8, 3), 50, np.uint8)] * 12
-    detector = FakeDetector()
+    detector = Slow()
     detector.gate.clear()
     with Running(frames, detector, deadline_ms=60_000) as r:
         taken = WORKERS + 1  # and one that waits
