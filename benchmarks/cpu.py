@@ -375,10 +375,8 @@ def print_report(report: dict) -> None:
         speedups = "".join(f"{cell(row[f'speedup_{form}'], '.2f', 'x'):>10}" for form in PLAIN_FORMS)
         error = cell(row["max_error"], ".1e") if row["max_error"] is not None else "not finite"
         print(f"{row['case']:<28}{row['batch']:5}{times}{row['images_per_s']:10.1f}{speedups}{error:>12}")
-    print(
-        "vs: times faster than ONNX Runtime on that plain export, median of the rounds; max error: of the anomaly map, from"
-    )
-    print("that of " + ", ".join(dict.fromkeys(row["reference"] for row in report["latency"])))
+    print("vs: times faster than ONNX Runtime on that plain export, median of the rounds; max error: of the")
+    print("anomaly map, from that of " + ", ".join(dict.fromkeys(row["reference"] for row in report["latency"])))
     if report["stages"]:
         heads = ("preprocess", "engine", "postprocess", "(pre + post) / engine")
         print(f"\n{'Detector, 1920x1080 frame':<28}" + "".join(f"{head:>22}" for head in heads))
