@@ -17,7 +17,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 from .cuda_array import DeviceArray, check_device_frame, device_array, is_on_gpu
 from .errors import InputError
 
-# (rows, columns, 3) uint8 BGR: a NumPy array or, for the fused backend, also an array on the GPU.
+# (rows, columns, 3) uint8 BGR: a NumPy array or, for the backends on a GPU, also an array there.
 FrameArray = Any
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp")
@@ -79,7 +79,7 @@ def check_frame(frame: object) -> None:
 
 
 def readable_frame(frame: FrameArray, device: int, stream: int) -> np.ndarray | DeviceArray:
-    """A frame as the fused backend reads it, checked. device, stream: that will read it; see `device_array`.
+    """A frame as the backends on a GPU read it, checked. device, stream: that will read it; see `device_array`.
 
     Raises InputError as `check_frame` does, and for an array on another GPU.
     """
@@ -170,7 +170,7 @@ def _advice_type(frame: object) -> str:
     if isinstance(frame, Image.Image):
         return 'pass np.asarray(image.convert("RGB"))[..., ::-1]'
     if is_on_gpu(frame):
-        return "only backend='fused' takes frames on the GPU; pass frame.cpu().numpy(), or frame.get() of CuPy"
+        return "a CPU does not take frames on the GPU; pass frame.cpu().numpy(), or frame.get() of CuPy"
     return "pass one frame as a NumPy array, as cv2.imread and cv2.VideoCapture give it"
 
 

@@ -170,9 +170,9 @@ def test_a_bad_frame_is_refused_in_words(detector, frames, frame, came):
 
 
 @pytest.mark.parametrize("make", [OnGpu, OverDlpack])
-def test_a_frame_on_the_gpu_is_for_the_fused_backend(each, frames, make):
+def test_a_frame_on_the_gpu_is_not_for_a_cpu(each, frames, make):
     array = make(FakeCuda(), frames[0])
-    message = rf"got {make.__name__}: only backend='fused' takes frames on the GPU; pass frame.cpu\(\).numpy\(\)"
+    message = rf"got {make.__name__}: a CPU does not take frames on the GPU; pass frame.cpu\(\).numpy\(\)"
     with pytest.raises(InputError, match=message):
         each(array)
     with pytest.raises(InputError, match=message):
