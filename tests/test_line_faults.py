@@ -59,11 +59,10 @@ def by_network(verdicts: list[Verdict]) -> list[Verdict]:
 def test_a_network_camera_dies_and_comes_back(tmp_path):
     port = free_port()
     address = f"rtsp://line:s3cret@127.0.0.1:{port}/cam?timeout_s=2&buffer=8"
-    with WatchedLine(tmp_path, Good(), {"cam": address}) as watched:
-        with camera_of(RED, port, 320, 240) as server:
-            watched.more(10)
-            server.kill()
-            watched.wait_event("camera lost")
+    with camera_of(RED, port, 320, 240) as first, WatchedLine(tmp_path, Good(), {"cam": address}) as watched:
+        watched.more(10)
+        first.kill()
+        watched.wait_event("camera lost")
         with camera_of(BLUE, port, 176, 144) as server:
             back = watched.wait_event("camera back")
             watched.more(10)
@@ -166,11 +165,11 @@ def test_cameras_that_share_a_detector_do_not_feel_the_loss_of_one(tmp_path, sma
     picture = "videotestsrc is-live=true pattern=ball ! video/x-raw,width=160,height=120,framerate=15/1"
     others = {"left": f"gst:buffer=32 {picture}", "right": f"gst:buffer=32 {picture}"}
     sources = {**others, "top": f"rtsp://line:s3cret@127.0.0.1:{port}/cam?timeout_s=2&buffer=32"}
-    with WatchedLine(tmp_path, detector, sources, product=detector.products[0]) as watched:
-        with camera_of(RED, port, 160, 120) as server:
-            watched.more(1, "top")
-            up = {name: watched.more(12, name) for name in others}
-            server.kill()
+    line = WatchedLine(tmp_path, detector, sources, product=detector.products[0])
+    with camera_of(RED, port, 160, 120) as server, line as watched:
+        watched.more(1, "top")
+        up = {name: watched.more(12, name) for name in others}
+        server.kill()
         watched.wait_event("camera lost", "top")
         lost = {name: watched.more(12, name) for name in others}
         assert not watched.told("camera back")
