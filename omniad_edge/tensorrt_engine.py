@@ -257,8 +257,9 @@ def check_machine(fp16: bool) -> None:
 def objection(bundle: Bundle) -> str:
     """Why `auto` should not take TensorRT here; empty if its engine is there. Never builds one."""
     try:
+        target = Target(bundle)
         read_self_test(bundle)
-        Target(bundle).stored(None, None)
+        target.stored(None, None)
     except OmniADError as exc:
         return str(exc)
     return ""
