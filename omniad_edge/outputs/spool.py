@@ -8,6 +8,7 @@ acknowledgement was lost is sent again, with the same "id".
 import json
 import sqlite3
 import threading
+from abc import abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -249,12 +250,12 @@ class Spooled(Output):
     def connect(self) -> None:
         """Called before each `send` and every second without one. Raises OutputError or OSError."""
 
+    @abstractmethod
     def send(self, messages: list[Message]) -> list[str]:
         """Return when all are acknowledged. -> why, for each that was refused for good.
 
         Raises OutputError or OSError if all are to be sent again later.
         """
-        raise NotImplementedError
 
     def disconnect(self) -> None:
         """At the end; must not raise."""
