@@ -4,7 +4,7 @@
 
 Groups of cases, each `group/backend-precision`:
 ours       the bundle given, or one with seeded weights (latency does not depend on their values); on the CPU, and
-           a bundle that was given also on the GPU that it has kernels for
+           a bundle that was given also on the GPU that it has kernels or a TensorRT engine for
 ours-fp16  the same with fp16 storage; CPUs compute in fp32 from it
 torch      OmniAD.predict, eager, in inference mode
 paper      torch.onnx.export of the published structure, made deterministic (see networks.py)
@@ -33,7 +33,7 @@ from energy import measure_energy, print_energy
 from machine import JETSON, facts, jetson_state, load_average
 from paced import measure_paced
 
-from omniad_edge import Detector, fused
+from omniad_edge import Detector, fused, tensorrt_engine
 from omniad_edge.bundle import Bundle, read_bundle
 from omniad_edge.engine import cpu_has_bf16, import_openvino, objection
 from omniad_edge.errors import InputError, MissingDependencyError, OmniADError
@@ -42,9 +42,9 @@ from omniad_edge.files import atomic_write
 SCHEMA = 1  # of the JSON
 GROUPS = ("ours", "ours-fp16", "torch", "paper", "module")
 ENGINES = (("onnxruntime", "fp32"), ("openvino", "fp32"), ("openvino", "bf16"))
-GPU_NAME = "ours/fused-fp16"
+GPU_NAMES = ("ours/fused-fp16", "ours/tensorrt-fp16")
 NAMES = [
-    GPU_NAME,
+    *GPU_NAMES,
     *(
         f"{group}/{backend}-{precision}"
         for group in GROUPS
@@ -204,7 +204,7 @@ def select_cases(files: dict[str, Path], only: list[str]) -> tuple[list[Case], l
         backend, precision = engine.split("-")
         if group not in files or not {group, name} & set(only):
             continue
-        reason = fused_objection(bundle) if name == GPU_NAME else objections.get((backend, precision), "")
+        reason = gpu_objection(bundle, backend) if name in GPU_NAMES else objections.get((backend, precision), "")
         if not reason and group == "ours" and precision == "bf16":
             reason = unavailable(precision, bundle)
         if reason:
@@ -217,8 +217,10 @@ def select_cases(files: dict[str, Path], only: list[str]) -> tuple[list[Case], l
     return cases, lines
 
 
-def fused_objection(bundle: Bundle) -> str:
-    """Why the bundle's GPU kernels cannot run here; empty if they can."""
+def gpu_objection(bundle: Bundle, backend: str) -> str:
+    """Why this backend cannot run the bundle on this machine's GPU; empty if it can."""
+    if backend == "tensorrt":
+        return tensorrt_engine.objection(bundle)
     return fused.objection(bundle, fused.device_architecture())
 
 
