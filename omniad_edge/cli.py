@@ -152,8 +152,11 @@ def parser() -> argparse.ArgumentParser:
     sub = command("pretrain", pretrain, "train a backbone on procedural pictures")
     sub.add_argument("--out", type=Path, required=True, help="weights file to write, .safetensors")
     sub.add_argument("--backbone", choices=BACKBONES, default="resnet18", help="which one")
-    sub.add_argument("--steps", type=int, default=2500, help="of training")
+    sub.add_argument("--steps", type=int, default=5000, help="of training")
     sub.add_argument("--seed", type=int, default=42, help="of everything random")
+    sub.add_argument("--start", type=Path, help="weights to begin with; those of a smaller ResNet are grown")
+    sub.add_argument("--pictures", type=int, default=4000, help="to draw; more where a GPU is at hand")
+    sub.add_argument("--batch", type=int, default=16, help="pictures a step")
 
     sub = command("demo", demo, "train, calibrate, export and inspect a small generated product line")
     sub.add_argument("--out", type=Path, default=Path("demo"), help="folder for everything it makes")
@@ -415,7 +418,16 @@ def pretrain(options: argparse.Namespace) -> None:
     from .progress import counting
 
     with counting("pre-training", options.steps) as progress:
-        loss = pretrain(options.out, options.backbone, options.steps, options.seed, lambda done, _: progress(done))
+        loss = pretrain(
+            options.out,
+            options.backbone,
+            options.steps,
+            options.seed,
+            options.start,
+            options.pictures,
+            options.batch,
+            lambda done, _: progress(done),
+        )
     print(f"{options.out}: {options.backbone}, {options.steps} steps, loss {loss:.3f}")
 
 

@@ -1,19 +1,18 @@
 """A backbone from procedural pictures alone: no photographs, no download, no licence but this product's.
 
-Dense contrastive learning: two views of a picture that differ in light, contrast, colour cast, blur and noise
-must agree at each position, and differ from every other position of every picture. What an anomaly map needs
-follows directly: features that ignore the light, and tell neighbouring structures apart.
+Dense contrastive learning of what an anomaly map needs: two views of a picture that differ in light, contrast,
+colour cast, blur, noise and a small movement must agree at each place, and differ from every other place of every
+picture, also from the same place where a defect was painted on it. So features ignore the light and the pose, and
+tell neighbouring structures, and a sound one from a damaged one, apart.
 
 Source: InfoNCE (van den Oord et al., arXiv 1807.03748) at each position (Wang et al., "Dense Contrastive
-Learning", CVPR 2021), on formula-driven pictures (after Kataoka et al., ACCV 2020).
+Learning", CVPR 2021), on formula-driven pictures (after Kataoka et al., ACCV 2020). The defects are ours.
 """
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
-import cv2
 import numpy as np
 import torch
 from safetensors.torch import save_file
@@ -21,17 +20,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .backbone import ARCHITECTURES, ResNet
-from .errors import InputError
+from .errors import BundleError, InputError
 from .files import atomic_write
 from .model import IMAGENET_MEAN, IMAGENET_STD, initialise
+from .pictures import PICTURE_PX, alter_picture, draw_picture
+from .weights import read_tensors
 
-PICTURE_PX = 96
 CROP_PX = 64
 PICTURES = 4000
-PAIRS = 24  # pictures per step, two views each
+BATCH_SIZE = 16  # pictures a step, three views of each
 POSITIONS = 16  # per picture and scale
 EMBEDDING = 64
 TEMPERATURE = 0.1
+TURN_DEG, ZOOM, SHIFT_PX = 20, 1.12, 3  # largest movement between two views
+COVERED = 0.4  # the share of a position that must have changed for it to count as defective
 LEARNING_RATE = 2e-3
 WEIGHT_DECAY = 0.02
 
@@ -39,34 +41,65 @@ WEIGHT_DECAY = 0.02
 def pretrain(
     out: str | Path,
     backbone: str = "resnet18",
-    steps: int = 2500,
+    steps: int = 5000,
     seed: int = 42,
+    start: str | Path | None = None,
+    pictures: int = PICTURES,
+    batch_size: int = BATCH_SIZE,
     progress: Callable[[int, float], None] | None = None,
 ) -> float:
     """Train a backbone and write it, in fp16, as safetensors with torchvision's names.
 
-    progress: called with the steps done and the loss. Returns the last loss, the mean of 50 steps. Raises
-    InputError for an unknown backbone or less than one step.
+    start: weights to begin with, in place of random ones: of the same architecture or of one with fewer blocks,
+        which is grown to this one
+    pictures: how many are drawn before the first step, 8 ms and 65 kB each; batch_size: of them a step
+    progress: called with the steps done and the loss
+    On a GPU, if there is one, in bf16. Returns the last loss, the mean of 50 steps. Raises InputError for an
+    unknown backbone or a number below one, BundleError for a start that does not fit.
     """
     if backbone not in ARCHITECTURES:
         raise InputError(f"backbone: expected one of {', '.join(ARCHITECTURES)}; got {backbone!r}")
-    if steps < 1:
-        raise InputError(f"steps: expected at least 1; got {steps}")
+    for name, value in {"steps": steps, "pictures": pictures, "batch_size": batch_size}.items():
+        if value < 1:
+            raise InputError(f"{name}: expected at least 1; got {value}")
     rng = np.random.default_rng(seed)
     torch.manual_seed(seed)
-    pictures = torch.from_numpy(np.stack([draw_picture(rng) for _ in range(PICTURES)])).permute(0, 3, 1, 2)
     net = ResNet(backbone).apply(initialise).train()
-    heads = nn.ModuleList(nn.Conv2d(channels, EMBEDDING, 1) for channels in net.channels)
+    if start is not None:
+        grow(net, read_tensors(start))
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu") as device:
+        net.to(device)
+        images = [some.to(device) for some in draw_pictures(pictures, rng)]
+        losses = fit(net, images, steps, batch_size, rng, progress)
+    state = {
+        name: t.half().cpu() for name, t in net.state_dict().items() if not name.endswith("num_batches_tracked")
+    }
+    recipe = f"omniad pretrain, {steps} steps, seed {seed}" + (", grown from a smaller one" if start else "")
+    with atomic_write(out) as part:
+        save_file(state, part, {"backbone": backbone, "recipe": recipe})
+    return float(np.mean(losses[-50:]))
+
+
+def fit(
+    net: ResNet,
+    images: list[Tensor],
+    steps: int,
+    batch_size: int,
+    rng: np.random.Generator,
+    progress: Callable[[int, float], None] | None,
+) -> list[float]:
+    """Train `net` on `draw_pictures`' tensors; the losses."""
+    heads = nn.ModuleList(nn.Linear(channels, EMBEDDING) for channels in net.channels)
     parameters = [*net.parameters(), *heads.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True)
-    losses = []
+    device, losses = images[0].device.type, []
     for step in range(steps):
         for group in optimizer.param_groups:
             cosine = 0.5 + 0.5 * math.cos(math.pi * step / steps)
             group["lr"] = LEARNING_RATE * min(1, (step + 1) / 50) * max(cosine, 0.02)
-        pixels = crop(pictures[torch.from_numpy(rng.integers(0, len(pictures), PAIRS))].float() / 255, rng)
-        embeddings = [head(f) for head, f in zip(heads, net(torch.cat([view(pixels), view(pixels)])), strict=True)]
-        loss = sum(contrast(embedding[:PAIRS], embedding[PAIRS:]) for embedding in embeddings)
+        rows = torch.from_numpy(rng.integers(0, len(images[0]), batch_size))
+        with torch.autocast(device, torch.bfloat16, enabled=device == "cuda"):
+            loss = contrastive_loss(net, heads, *crop([some[rows] for some in images], rng))
         optimizer.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 5.0)
@@ -74,26 +107,100 @@ def pretrain(
         losses.append(loss.item())
         if progress:
             progress(step + 1, losses[-1])
-    state = {name: t.half() for name, t in net.state_dict().items() if not name.endswith("num_batches_tracked")}
-    with atomic_write(out) as part:
-        save_file(state, part, {"backbone": backbone, "recipe": f"omniad pretrain, {steps} steps, seed {seed}"})
-    return float(np.mean(losses[-50:]))
+    return losses
 
 
-def contrast(a: Tensor, b: Tensor) -> Tensor:
-    """InfoNCE between two views' embeddings (N, E, H, W) at the same random positions of every picture."""
-    chosen = torch.randperm(a.shape[2] * a.shape[3])[:POSITIONS]
-    a, b = (F.normalize(t.flatten(2)[:, :, chosen].transpose(1, 2).flatten(0, 1), dim=1) for t in (a, b))
-    likeness = a @ b.T / TEMPERATURE
+def draw_pictures(count: int, rng: np.random.Generator) -> tuple[Tensor, Tensor, Tensor]:
+    """Pictures and each with a defect, (N, 3, H, W) uint8, and where that is, (N, 1, H, W) bool."""
+    pictures = [draw_picture(rng) for _ in range(count)]
+    others = pictures[1:] + pictures[:1]
+    altered, changed = zip(
+        *(alter_picture(*pair, rng) for pair in zip(pictures, others, strict=True)), strict=True
+    )
+    images = (torch.from_numpy(np.stack(some)).permute(0, 3, 1, 2) for some in (pictures, altered))
+    return *images, torch.from_numpy(np.stack(changed))[:, None]
+
+
+def grow(net: ResNet, tensors: dict[str, Tensor]) -> None:
+    """Weights of a network with fewer blocks a layer into `net`; the blocks it lacks begin as the identity.
+
+    Raises BundleError if they do not fit.
+    """
+    state = net.state_dict()
+    strange = [name for name, t in tensors.items() if name not in state or state[name].shape != t.shape]
+    if strange or not tensors:
+        raise BundleError(
+            f"start: expected weights of a smaller ResNet of the same kind; {strange[:3]} do not fit"
+        )
+    for name, module in net.named_modules():
+        last = getattr(module, "bn3", getattr(module, "bn2", None))  # of a block
+        if last is not None and f"{name}.bn1.weight" not in tensors:
+            nn.init.zeros_(last.weight)
+    net.load_state_dict(state | {name: t.float() for name, t in tensors.items()})
+
+
+def contrastive_loss(
+    net: ResNet, heads: nn.ModuleList, pixels: Tensor, altered: Tensor, changed: Tensor
+) -> Tensor:
+    """pixels, altered: (N, 3, S, S) in 0..1; changed: (N, 1, S, S), 1 where they differ.
+
+    Summed over the scales: of the features themselves, whose cosine the anomaly map is, and of their embedding.
+    """
+    there, back = movements(len(pixels))
+    grid = F.affine_grid(there, list(pixels.shape), align_corners=False)
+    moved = F.grid_sample(pixels, grid, padding_mode="reflection", align_corners=False)
+    loss = pixels.new_zeros(())
+    for head, features in zip(heads, net(torch.cat([view(pixels), view(moved), view(altered)])), strict=True):
+        a, b, defective = features.chunk(3)
+        grid = F.affine_grid(back, list(b.shape), align_corners=False)
+        b = F.grid_sample(b, grid, padding_mode="border", align_corners=False)
+        seen = (grid.abs().amax(-1) < 1 - 1 / a.shape[3]).flatten(1)
+        covered = F.interpolate(changed, size=a.shape[2:], mode="area").flatten(1) > COVERED
+        chosen = torch.multinomial((covered * 4 + 0.25) * seen + 1e-6, POSITIONS)  # (N, P)
+        seen, covered = (mask.gather(1, chosen).flatten() for mask in (seen, covered))
+        a, b, defective = (at(some, chosen) for some in (a, b, defective))
+        triple = a[seen], b[seen], defective[covered]
+        loss = loss + (contrast(*triple) + contrast(*map(head, triple))) / 2
+    return loss
+
+
+def movements(count: int) -> tuple[Tensor, Tensor]:
+    """(count, 2, 3) each: random small movements of a crop, as affine_grid takes them, and their inverses."""
+    angle = (2 * torch.rand(count) - 1) * math.radians(TURN_DEG)
+    zoom = ZOOM ** (2 * torch.rand(count) - 1)
+    matrix = torch.eye(3).repeat(count, 1, 1)
+    cos, sin = angle.cos() * zoom, angle.sin() * zoom
+    matrix[:, 0, 0], matrix[:, 0, 1], matrix[:, 1, 0], matrix[:, 1, 1] = cos, -sin, sin, cos
+    matrix[:, :2, 2] = (2 * torch.rand(count, 2) - 1) * 2 * SHIFT_PX / CROP_PX
+    return matrix[:, :2], torch.linalg.inv(matrix)[:, :2]
+
+
+def at(features: Tensor, chosen: Tensor) -> Tensor:
+    """features (N, C, H, W) at the positions `chosen` (N, P) -> (N * P, C)"""
+    index = chosen[:, None].expand(-1, features.shape[1], -1)
+    return features.flatten(2).gather(2, index).transpose(1, 2).flatten(0, 1)
+
+
+def contrast(a: Tensor, b: Tensor, defective: Tensor) -> Tensor:
+    """InfoNCE between rows of two views (M, C), where row i of both is the same place; `defective` is no one's."""
+    a, b, defective = (F.normalize(t, dim=1) for t in (a, b, defective))
     same = torch.arange(len(a))
-    return (F.cross_entropy(likeness, same) + F.cross_entropy(likeness.T, same)) / 2
+    one = torch.cat([a @ b.T, a @ defective.T], dim=1) / TEMPERATURE
+    other = torch.cat([b @ a.T, b @ defective.T], dim=1) / TEMPERATURE
+    return (F.cross_entropy(one, same) + F.cross_entropy(other, same)) / 2
 
 
-def crop(pixels: Tensor, rng: np.random.Generator) -> Tensor:
-    """The same random crop and quarter turn of (N, 3, PICTURE_PX, PICTURE_PX)."""
+def crop(images: list[Tensor], rng: np.random.Generator) -> list[Tensor]:
+    """The same random crop, mirrored or not and turned by quarters, of pictures and masks, in 0..1."""
     top, left = rng.integers(0, PICTURE_PX - CROP_PX + 1, 2)
-    pixels = pixels[:, :, top : top + CROP_PX, left : left + CROP_PX]
-    return torch.rot90(pixels, int(rng.integers(4)), (2, 3))
+    quarters, mirrored = int(rng.integers(4)), rng.random() < 0.5
+    crops = []
+    for image in images:
+        some = image[:, :, top : top + CROP_PX, left : left + CROP_PX]
+        some = some.float() if some.dtype == torch.bool else some.float() / 255
+        some = torch.rot90(some, quarters, (2, 3))
+        crops.append(some.flip(3) if mirrored else some)
+    return crops
 
 
 def view(pixels: Tensor) -> Tensor:
@@ -113,86 +220,3 @@ def view(pixels: Tensor) -> Tensor:
     x = x + torch.randn(x.shape) * uniform(0, 0.05)
     mean, std = (torch.tensor(value).view(3, 1, 1) for value in (IMAGENET_MEAN, IMAGENET_STD))
     return (x.clamp(0, 1) - mean) / std
-
-
-@dataclass(frozen=True)
-class Spectrum:
-    """A texture: noise with this much power per frequency (cycles per picture) and direction."""
-
-    frequency: float
-    bandwidth: float
-    direction: float
-    spread: float
-    contour: str  # "smooth", "binary" or "ridged"
-
-
-def draw_picture(rng: np.random.Generator) -> np.ndarray:
-    """(PICTURE_PX, PICTURE_PX, 3) uint8 RGB: figures of one texture before a ground of another."""
-    ground, figure = draw_surface(rng), draw_surface(rng)
-    mask = draw_figures(rng)[..., None]
-    if rng.random() < 0.5:  # a cast shadow
-        shadow = np.roll(cv2.GaussianBlur(mask[..., 0], (0, 0), 2), (2, 2), (0, 1))[..., None]
-        ground = ground * (1 - 0.4 * shadow)
-    return (255 * (ground + (figure - ground) * mask).clip(0, 1)).astype(np.uint8)
-
-
-def draw_surface(rng: np.random.Generator) -> np.ndarray:
-    """(PICTURE_PX, PICTURE_PX, 3) float in 0..1: a texture between two colours, which may be shades of one."""
-    a, b = rng.uniform(0.1, 0.9, (2, 3))
-    if rng.random() < 0.4:
-        b = a * rng.uniform(0.4, 1.6)
-    spectrum = Spectrum(
-        frequency=rng.uniform(2, 24),
-        bandwidth=rng.uniform(0.5, 6),
-        direction=rng.uniform(0, np.pi),
-        spread=rng.choice([0.15, 0.4, 3.0]),
-        contour=rng.choice(["smooth", "binary", "ridged"]),
-    )
-    level = (1 + draw_texture(spectrum, rng) * rng.uniform(0.3, 1)) / 2
-    return a + (b - a) * level[..., None]
-
-
-def draw_texture(spectrum: Spectrum, rng: np.random.Generator) -> np.ndarray:
-    """(PICTURE_PX, PICTURE_PX) in -1..1: white noise filtered to the spectrum."""
-    y, x = np.meshgrid(*2 * [np.fft.fftfreq(PICTURE_PX, 1 / PICTURE_PX)], indexing="ij")
-    radius = np.hypot(y, x)
-    turned = np.abs((np.arctan2(y, x) - spectrum.direction + np.pi / 2) % np.pi - np.pi / 2)
-    gain = np.exp(-0.5 * ((radius - spectrum.frequency) / spectrum.bandwidth) ** 2)
-    gain = gain * np.exp(-0.5 * (turned / spectrum.spread) ** 2) + 0.02 / (1 + radius)
-    noise = np.fft.ifft2(np.fft.fft2(rng.standard_normal(radius.shape)) * gain).real
-    noise /= noise.std()
-    if spectrum.contour == "binary":
-        noise = np.sign(noise)
-    elif spectrum.contour == "ridged":
-        noise = np.abs(noise) - 0.8
-    return noise.clip(-2.5, 2.5) / 2.5
-
-
-def draw_figures(rng: np.random.Generator) -> np.ndarray:
-    """(PICTURE_PX, PICTURE_PX) float in 0..1: one to six alike stars, blobs, ellipses or strokes."""
-    kind, line_px = rng.choice(["star", "blob", "ellipse", "stroke"]), int(rng.integers(4))
-    corners, waves, sharpness = int(rng.integers(3, 9)), int(rng.integers(2, 9)), rng.uniform(0, 0.5)
-    size_px, aspect = rng.uniform(12, 44), rng.uniform(0.3, 0.95)
-    canvas = np.zeros((2 * PICTURE_PX, 2 * PICTURE_PX), np.uint8)  # twice as fine, then reduced
-    for _ in range(rng.integers(1, 7)):
-        centre = rng.uniform(0.15, 0.85, 2) * len(canvas)
-        radius, turn = size_px * rng.uniform(0.8, 1.2), rng.uniform(0, 2 * np.pi)
-        if kind == "stroke":
-            bends = turn + np.cumsum(rng.uniform(-3, 3, corners)) * sharpness
-            steps = radius / 2 * np.stack([np.cos(bends), np.sin(bends)], 1)
-            points = centre + np.cumsum(np.vstack([[0, 0], steps]), axis=0)
-            cv2.polylines(canvas, [points.astype(np.int32)], False, 255, 1 + 2 * line_px, cv2.LINE_AA)
-            continue
-        angle = np.linspace(0, 2 * np.pi, 2 * corners if kind == "star" else 60, endpoint=False)
-        reach = {
-            "star": np.where(np.arange(len(angle)) % 2, 1, aspect),
-            "blob": 1 + sharpness * np.sin(waves * angle),
-            "ellipse": 1 / np.hypot(np.cos(angle), np.sin(angle) / aspect),
-        }[kind]
-        outline = (radius * reach)[:, None] * np.stack([np.cos(angle + turn), np.sin(angle + turn)], 1)
-        points = [(centre + outline).astype(np.int32)]
-        if line_px:
-            cv2.polylines(canvas, points, True, 255, 1 + line_px, cv2.LINE_AA)
-        else:
-            cv2.fillPoly(canvas, points, 255, cv2.LINE_AA)
-    return cv2.resize(canvas, (PICTURE_PX, PICTURE_PX), interpolation=cv2.INTER_AREA) / 255
