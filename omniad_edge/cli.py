@@ -63,8 +63,8 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--size", type=image_size, help="input size in pixels, N or HxW, multiples of 32")
     sub.add_argument(
         "--backbone-weights",
-        default="imagenet",
-        help="imagenet (downloaded once), procedural (in the package, for small), a weights file, or none",
+        default="procedural",
+        help="procedural (in the package), imagenet (downloaded once), a weights file, or none",
     )
     sub.add_argument("--batch-size", type=int, default=16, help="images per step and process")
     sub.add_argument("--holdout", type=share, default="10%", help="part of the good images kept for calibration")

@@ -58,7 +58,7 @@ def train(
     config: ModelConfig,
     *,
     epochs: int = 500,
-    backbone_weights: str = "imagenet",
+    backbone_weights: str = "procedural",
     batch_size: int = 16,
     holdout: float = 0.1,
     validate_every: int = 0,
@@ -72,7 +72,7 @@ def train(
     """Train one network on the good images of every product in `data`; the files in `out` are RunFolder's.
 
     epochs: 500 in the paper for MVTec AD and VisA, 100 for Real-IAD.
-    backbone_weights: "imagenet", a file, or "none" (see load_backbone).
+    backbone_weights: "procedural", "imagenet", a file, or "none" (see load_backbone).
     batch_size: images per step and process. An incomplete last batch is left out, as the published loader
         does; where there are fewer images than a batch, all of them are the batch.
     holdout: part of each product's images that is never trained on, at least one of two; 0 for none.

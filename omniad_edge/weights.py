@@ -127,7 +127,7 @@ def load_published(path: str | Path, config: ModelConfig) -> OmniAD:
 def load_backbone(teacher: ResNet, name: str, source: str) -> str:
     """Fill the teacher, a ResNet(name), and say in words from what.
 
-    source: "imagenet" (torchvision's, downloaded once), "procedural" (ours, in this package, ResNet18 only), a
+    source: "procedural" (ours, in this package: ResNet18 and 34), "imagenet" (torchvision's, downloaded once), a
     .pth or .safetensors file with torchvision's names (its `layer4` and `fc` are not used), or "none": the
     random weights stay, with a warning.
     Raises DownloadError, InputError if there is no such file, BundleError if it is damaged or of another
@@ -150,7 +150,7 @@ def load_backbone(teacher: ResNet, name: str, source: str) -> str:
         path = Path(source)
         if not path.is_file():
             raise InputError(
-                f'backbone weights: expected "imagenet", "procedural", "none" or a file; there is no {path}'
+                f'backbone weights: expected "procedural", "imagenet", "none" or a file; there is no {path}'
             )
         words = f"file {path.name} (sha256 {file_sha256(path)[:8]}...)"
     state = {k: v for k, v in read_state(path).items() if not k.startswith(("layer4.", "fc."))}

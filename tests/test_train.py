@@ -257,7 +257,7 @@ def test_free_memory_is_plausible():
         ({"device": "cuda:99"}, "device: expected the CPU or one of the"),
         ({"device": "mps"}, "device: expected the CPU"),
         ({"on_broken": "ignore"}, "on_broken"),
-        ({"backbone_weights": "imagnet"}, 'expected "imagenet", "procedural", "none" or a file'),
+        ({"backbone_weights": "imagnet"}, 'expected "procedural", "imagenet", "none" or a file'),
     ],
     ids=str,
 )

@@ -248,5 +248,5 @@ def test_backbone_without_weights_warns_and_stays():
 
 
 def test_backbone_misspelled():
-    with pytest.raises(InputError, match='"imagenet", "procedural", "none" or a file; there is no imagnet'):
+    with pytest.raises(InputError, match='"procedural", "imagenet", "none" or a file; there is no imagnet'):
         load_backbone(ResNet("resnet18"), "resnet18", "imagnet")
