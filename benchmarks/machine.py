@@ -1,12 +1,11 @@
 """Facts about the machine and the software that a measurement is worth nothing without."""
 
 import os
-import re
 import subprocess
 from datetime import datetime, timezone
 from pathlib import Path
 
-from omniad_edge.doctor import machine_facts, read
+from omniad_edge.doctor import machine_facts
 from omniad_edge.jetson import Jetson
 from omniad_edge.versions import versions
 
@@ -50,13 +49,3 @@ def load_average() -> float | None:
 def jetson_state() -> dict | None:
     """Clocks, temperatures and power now; None where this is no Jetson."""
     return JETSON.state() if JETSON else None
-
-
-def memory_mib() -> dict[str, float | None]:
-    """This process's memory: resident now, and at its peak. None where there is no /proc."""
-    status = read("/proc/self/status")
-    found = {name: re.search(rf"^{key}:\s*(\d+) kB$", status, re.MULTILINE) for name, key in MEMORY_KEYS}
-    return {name: round(int(match[1]) / 1024, 1) if match else None for name, match in found.items()}
-
-
-MEMORY_KEYS = (("resident_mib", "VmRSS"), ("peak_mib", "VmHWM"))

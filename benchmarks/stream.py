@@ -23,7 +23,8 @@ from time import monotonic, sleep
 
 import cv2
 import numpy as np
-from machine import facts, load_average, memory_mib
+from machine import facts, load_average
+from memory import memory_mib
 
 from omniad_edge import Detector
 from omniad_edge.calibration import Calibration
