@@ -12,7 +12,7 @@ from pathlib import Path
 from time import perf_counter
 
 import numpy as np
-from memory import memory_mib
+from process import memory_mib
 
 from omniad_edge import Detector
 from omniad_edge.engine import OnnxRuntimeEngine, OpenVinoEngine

@@ -24,7 +24,7 @@ from time import monotonic, sleep
 import cv2
 import numpy as np
 from machine import facts, load_average
-from memory import memory_mib
+from process import memory_mib
 
 from omniad_edge import Detector
 from omniad_edge.calibration import Calibration
