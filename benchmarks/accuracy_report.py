@@ -71,6 +71,7 @@ def header_lines(report: dict) -> dict[str, str]:
         facts = dict(run["facts"])
         model = ", ".join(f"{name} {value}" for name, value in facts.pop("model").items())
         lines[run["run"]] = f"{model}; " + ", ".join(f"{name} {shown(value)}" for name, value in facts.items())
+        lines |= {f"not here: {name}": reason for name, reason in run["left_out"].items()}
         if run["peers"]:
             versions = run["peers"]["versions"].items()
             lines["peers"] = ", ".join(f"{name} {version}" for name, version in versions)
@@ -91,8 +92,6 @@ def tables(report: dict) -> Iterator[Table]:
     for run in runs:
         if any("changes" in method for method in run["methods"]):
             yield engines_table(run)
-        if run["left_out"]:
-            yield Table("Engines that did not open here", ("Engine", "Why"), list(run["left_out"].items()))
     if runs[0]["one_image"]:
         yield cost_table(runs[0])
     yield from product_tables(runs[0])
@@ -125,7 +124,7 @@ def detection_table(runs: list[dict]) -> Table:
             rows.append(figure_row(method["name"] + models + seed, method["mean"]))
     products = len(runs[0]["methods"][0]["products"])
     note = (
-        f"Percent, mean over the {products} products; exact forms of all metrics. Ours is one model of all products; "
+        f"Percent, mean over the {products} products; exact forms of all metrics. Ours is one model of all; "
         "PaDiM and PatchCore are a model for each, of the same backbone weights and images."
     )
     return Table("Detection", ("Method", *FIGURE_HEADINGS), rows, note)
@@ -149,7 +148,7 @@ def engines_table(run: dict) -> Table:
             flips = "n/a" if moved["verdict_flips"] is None else f"{moved['verdict_flips']} of {images}"
             aurocs = (percent(moved[name], 3) for name in ("image_auroc", "pixel_auroc"))
             rows.append((method["name"], flips, *aurocs, f"{moved['map']:.1e}"))
-    headings = ("Engine", "Verdict flips", "Image AUROC, points", "Pixel AUROC, points", "Map")
+    headings = ("Engine", "Verdict flips", "Image AUROC, points", "Pixel AUROC, points", "Map value")
     note = (
         "Largest differences of a product, or of a map's value, from the trained network in torch. A verdict "
         "flips where an image is above the highest good score of its product on one side only."
