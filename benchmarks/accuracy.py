@@ -5,8 +5,9 @@
     python benchmarks/accuracy.py --data mvtec_ad --paper mvtec --json mvtec.json --report mvtec.html
 
 Trains one model of all products (the same command again goes on with a training that was interrupted; --run takes
-one that is there), exports it as `omniad-export --fp16` does, parity gate included, and runs all test images
-through the trained network in fp32 and through every engine that opens here. What does not open says why.
+one that is there), exports it as `omniad-export --fp16` does, parity gate included (--bundle takes one that is
+there, with int8 perhaps), and runs all test images through the trained network in fp32 and every engine that opens
+here. What does not open says why. Needs torch: pip install "omniad-edge[train]".
 
 --paper  the paper's Table I: its network, input size, epochs and all good images for training; pixel F1-max and
          AUPRO beside its figures in the published evaluator's form. Needs the data set as published and a GPU:
@@ -28,7 +29,8 @@ from pathlib import Path
 
 import torch
 from accuracy_report import print_report, write_html
-from detection import REFERENCE, as_json, exported, measure_products, open_engines, training_samples
+from cpu import natural, positive
+from detection import REFERENCE, as_json, bundle_of_run, exported, measure_products, open_engines, training_samples
 from machine import facts, load_average
 from one_image import time_in_turns
 from peer_runs import Peers
@@ -87,21 +89,26 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--data", type=Path, required=True, help="data set with test images and masks")
     parser.add_argument("--run", type=Path, nargs="+", help="measure these runs or checkpoints, train none")
+    parser.add_argument("--bundle", type=Path, help="of the one --run: measure this one, export none")
     parser.add_argument("--out", type=Path, default=Path("runs/accuracy"), help="folder of what it trains")
     parser.add_argument("--preset", choices=PRESETS, help="network to train (default: base)")
     parser.add_argument("--size", type=image_size, help="its input, N or HxW (default: the preset's)")
-    parser.add_argument("--epochs", type=int, help="of training (default: 500)")
-    parser.add_argument("--seed", type=int, nargs="+", default=[42], help="one training for each (default: 42)")
+    parser.add_argument("--epochs", type=positive, help="of training (default: 500)")
+    parser.add_argument(
+        "--seed", type=natural, nargs="+", default=[42], help="one training for each (default: 42)"
+    )
     parser.add_argument("--backbone-weights", default="imagenet", help="as of `omniad train` (default: imagenet)")
     parser.add_argument("--paper", choices=PAPERS, help="train as the paper did; its figures beside ours")
     parser.add_argument("--peers", type=Path, metavar="PYTHON", help="also PaDiM and PatchCore, by this Python")
     parser.add_argument("--torch-only", action="store_true", help="no export, no engines: large sets on a GPU")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of every method (default: all)")
+    parser.add_argument("--threads", type=positive, default=os.cpu_count(), help="of every method (default: all)")
     parser.add_argument("--json", type=Path, help="write everything to this file")
     parser.add_argument("--report", type=Path, help="write the tables as HTML to this file")
     args = parser.parse_args(argv)
     if (args.paper or args.run) and (args.preset or args.size or args.epochs):
         parser.error("--preset, --size, --epochs: --paper and --run have their own; leave them out")
+    if args.bundle and (args.torch_only or len(args.run or ()) != 1):
+        parser.error("--bundle: expected with --run and one run, and without --torch-only")
     if args.peers and not args.peers.is_file():
         parser.error(f"--peers: expected the Python of an environment with anomalib; there is no {args.peers}")
     return args
@@ -150,9 +157,11 @@ def measure_run(path: Path, args: argparse.Namespace, samples: list[Sample], fir
     network, run_facts = load_run(path)
     training = training_samples(args.data, run_facts, samples)
     with tempfile.TemporaryDirectory() as scratch:
-        bundle, peers = Path(scratch, "line.omniad"), None
+        bundle, peers = args.bundle or Path(scratch, "line.omniad"), None
         engines, left_out = {}, {}
-        if not args.torch_only:
+        if args.bundle:
+            engines, left_out = open_engines(bundle_of_run(bundle, network.config, run_facts), args.threads)
+        elif not args.torch_only:
             engines, left_out = open_engines(exported(path, args.data, bundle), args.threads)
         if args.peers and first:
             middle = sorted(training, key=lambda product: len(training[product]))[len(training) // 2]
@@ -160,7 +169,7 @@ def measure_run(path: Path, args: argparse.Namespace, samples: list[Sample], fir
             folder.mkdir()
             peers = Peers(args.peers, folder, network, middle, run_facts["seed"], args.threads)
         predicts = {REFERENCE: on_gpu(network).predict} | {name: engine.run for name, engine in engines.items()}
-        with torch.backends.cudnn.flags(allow_tf32=False):  # fp32 is fp32
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):  # fp32 is fp32
             methods, published = measure_products(
                 predicts, samples, training, network.config, peers, bool(args.paper)
             )

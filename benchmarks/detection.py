@@ -29,7 +29,7 @@ ENGINES = (
     ("fused", "fp16"),
     ("tensorrt", "fp16"),
 )
-GRAPHS = ("fp16", "int8")  # in ONNX Runtime too, where the bundle has them: a GPU's arithmetic without a GPU
+QUANTISED = {"int8": ("onnxruntime", "openvino", "tensorrt"), "fp8": ("tensorrt",)}  # of bundles with such a graph
 
 
 @dataclass
@@ -76,18 +76,35 @@ def exported(run: Path, data: Path, out: Path) -> Bundle:
     return read_bundle(out)
 
 
+def bundle_of_run(path: Path, config: ModelConfig, run_facts: dict) -> Bundle:
+    """A bundle that was exported before. Raises InputError if it is not this run's."""
+    bundle = read_bundle(path)
+    model = {name: bundle.manifest["model"].get(name) for name in config.to_dict()}
+    if model != config.to_dict() or bundle.manifest["trained_on"] != run_facts["trained_on"]:
+        raise InputError(f"{path}: expected the bundle of the run that is measured; it is of another")
+    return bundle
+
+
 def open_engines(bundle: Bundle, threads: int) -> tuple[dict[str, Engine], dict[str, str]]:
-    """The engines that run here, by name; and of the others, why not."""
+    """The engines that run here, by name; and of the others, why not.
+
+    Also the fp16 graph in ONNX Runtime on the CPU: a GPU's arithmetic without a GPU.
+    """
     engines, left_out = {}, {}
-    for backend, precision in ENGINES:
+    quantised = [
+        (backend, precision)
+        for precision, backends in QUANTISED.items()
+        for backend in backends
+        if f"graphs/{precision}.onnx" in bundle.parts
+    ]
+    for backend, precision in (*ENGINES, *quantised):
         name = f"{backend} {precision}"
         try:
             engines[name] = open_engine(bundle, backend, precision, threads)
         except OmniADError as exc:
             left_out[name] = str(exc)
-    for graph in GRAPHS:
-        if f"graphs/{graph}.onnx" in bundle.parts:
-            engines[f"onnxruntime, {graph} graph"] = OnnxRuntimeEngine(bundle.onnx(graph), threads)
+    if "graphs/fp16.onnx" in bundle.parts:
+        engines["onnxruntime, fp16 graph"] = OnnxRuntimeEngine(bundle.onnx("fp16"), threads)
     return engines, left_out
 
 

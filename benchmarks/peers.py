@@ -122,6 +122,7 @@ def serve_one(backbone: Path, folder: Path, method: str, device: str, threads: i
 
 
 def main(command: str, backbone: str, folder: str, *rest: str) -> None:
+    torch.backends.cudnn.allow_tf32 = False  # as our own fp32
     if command == "fit":
         print(json.dumps(fit_all(Path(backbone), Path(folder), *map(int, rest))))
     else:

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 from peer_stand_in import make_python
 
 from omniad_edge.data import find_samples, load_images
-from omniad_edge.errors import OmniADError
+from omniad_edge.errors import InputError, OmniADError
 from omniad_edge.evaluate import Predictions, evaluate, evaluate_model, predict_images
 from omniad_edge.metrics import METRICS
 from omniad_edge.model import ModelConfig, OmniAD, normalise
@@ -195,11 +196,26 @@ def test_verdict_flips_are_counted_in_images(data):
     assert moved["verdict_flips"] == 1 and moved["map"] == 0.25 and moved["image_auroc"] > 0
 
 
+def test_the_bundle_of_another_run_is_refused(small_bundle, small_run):
+    from detection import bundle_of_run, open_engines
+
+    network, facts = load_run(small_run.folder)
+    bundle = bundle_of_run(small_bundle, network.config, facts)
+    engines, left_out = open_engines(bundle, 1)
+    assert "onnxruntime fp32" in engines and "onnxruntime int8" not in {**engines, **left_out}
+    with pytest.raises(InputError, match="of another"):
+        bundle_of_run(small_bundle, network.config, facts | {"trained_on": facts["trained_on"][1:]})
+    with pytest.raises(InputError, match="of another"):
+        bundle_of_run(small_bundle, replace(network.config, tokens=16), facts)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         (("--paper", "mvtec", "--size", "128"), "leave them out"),
         (("--run", "r", "--epochs", "3"), "leave them out"),
+        (("--run", "r", "s", "--bundle", "b"), "one run"),
+        (("--threads", "0"), "at least 1"),
         (("--peers", "no/python"), "there is no no/python"),
     ],
 )
