@@ -1,6 +1,6 @@
 """How well it detects: per product, in every precision and backend, beside the paper's figures and beside peers.
 
-    python benchmarks/accuracy.py --data DIR --preset small --size 128 --backbone-weights procedural
+    python benchmarks/accuracy.py --data DIR --preset small --size 128 --epochs 60
     python benchmarks/accuracy.py --data DIR --run runs/line3 --peers peers/bin/python --report accuracy.html
     python benchmarks/accuracy.py --data mvtec_ad --paper mvtec --json mvtec.json --report mvtec.html
 
@@ -9,9 +9,9 @@ one that is there), exports it as `omniad-export --fp16` does, parity gate inclu
 there, with int8 perhaps), and runs all test images through the trained network in fp32 and every engine that opens
 here. What does not open says why. Needs torch: pip install "omniad-edge[train]".
 
---paper  the paper's Table I: its network, input size, epochs and all good images for training; pixel F1-max and
-         AUPRO beside its figures in the published evaluator's form. Needs the data set as published and a GPU:
-         500 epochs of MVTec AD. Not the paper's: the attention output, which is a trained layer here.
+--paper  the paper's Table I: its network, backbone, input size, epochs, all good images for training; pixel
+         F1-max and AUPRO beside its figures in the published evaluator's form. Needs the data set as published and
+         a GPU: 500 epochs of MVTec AD. Not the paper's: the attention output, which is a trained layer here.
 --peers  PaDiM and PatchCore, by a Python that has anomalib (see peers.py), on the same backbone weights, training
          and test images. They are one model a product; Omni-AD is one of all.
 
@@ -97,7 +97,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--seed", type=natural, nargs="+", default=[42], help="one training for each (default: 42)"
     )
-    parser.add_argument("--backbone-weights", default="imagenet", help="as of `omniad train` (default: imagenet)")
+    parser.add_argument(
+        "--backbone-weights", help="as of `omniad train` (default: procedural; with --paper imagenet, as it had)"
+    )
     parser.add_argument("--paper", choices=PAPERS, help="train as the paper did; its figures beside ours")
     parser.add_argument("--peers", type=Path, metavar="PYTHON", help="also PaDiM and PatchCore, by this Python")
     parser.add_argument("--torch-only", action="store_true", help="no export, no engines: large sets on a GPU")
@@ -144,7 +146,7 @@ def trained(args: argparse.Namespace, seed: int) -> Path:
         out,
         config,
         epochs=PAPERS[args.paper].epochs if args.paper else args.epochs or 500,
-        backbone_weights=args.backbone_weights,
+        backbone_weights=args.backbone_weights or ("imagenet" if args.paper else "procedural"),
         holdout=0 if args.paper else HOLDOUT,
         seed=seed,
         resume=(out / "last.safetensors").exists(),
