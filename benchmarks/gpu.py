@@ -206,7 +206,7 @@ def product_line(bench: Bench, labelled: bool) -> dict:
             return tuple(values[: len(pixels)] for values in outputs(made))
 
         model = deepcopy(bench.model).cuda()
-        with torch.backends.cudnn.flags(allow_tf32=False):
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
             truth = predict_images(model.predict, images)
         report = compare(truth, predict_images(predict, images), "fp16")
     passed = report["passed"] and (report["measured"]["auroc_difference"] or 0) <= MAX_AUROC_DIFFERENCE
