@@ -14,7 +14,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from .errors import MissingDependencyError, OmniADError
+from .errors import EngineError, MissingDependencyError, OmniADError
 
 PRESETS = ("base", "fast", "small")
 BACKBONES = ("resnet18", "resnet34", "resnet50", "wide_resnet50_2")
@@ -290,6 +290,8 @@ def build_engine(path: Path, batches: Sequence[int] | None = None, workspace_byt
     engine = TensorRtEngine(bundle, "TensorRT in fp16", batches, workspace_bytes)
     of_batches = ", ".join(map(str, engine.batches))
     print(f"engine      {engine.reason}; {of_batches} images at once; self-test passed")
+    if not engine.kept:
+        raise EngineError("what was built could not be kept: see above")
     print(f"kept        {engine.path}")
     del engine  # `auto` may need its memory
     print(f"auto        {open_engine(bundle).reason}")

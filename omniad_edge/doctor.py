@@ -26,6 +26,7 @@ from .download import default_cache_dir
 from .engine import objection
 from .errors import MissingDependencyError, OmniADError
 from .jetson import Jetson
+from .plan_cache import MOST_BYTES, plan_folder, stored_plans
 
 SCHEMA = 1  # of the JSON
 CPU_FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "asimddp", "bf16")
@@ -136,6 +137,7 @@ def machine() -> Iterator[Finding]:
     if facts["memory_mib"]:
         yield Finding("machine", "memory", None, f"{facts['memory_mib']} MiB")
     yield cache_space(default_cache_dir())
+    yield kept_engines(plan_folder())
 
 
 def cache_space(folder: Path) -> Finding:
@@ -143,6 +145,13 @@ def cache_space(folder: Path) -> Finding:
     free = shutil.disk_usage(there).free
     text = f"{folder}, {free / 1e9:.1f} GB free"
     return Finding("machine", "cache", free >= LEAST_CACHE_BYTES, text, "export OMNIAD_CACHE=/folder/with/room")
+
+
+def kept_engines(folder: Path) -> Finding:
+    plans = stored_plans(folder)
+    size = sum(plan_bytes for _, plan_bytes, _ in plans)
+    text = f"{len(plans)}, {size / 1e6:.0f} MB of {MOST_BYTES / 1e9:g} GB at most, in {folder}"
+    return Finding("machine", "TensorRT engines", None, text)
 
 
 # What it can do

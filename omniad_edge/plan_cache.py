@@ -7,7 +7,9 @@ here, has its SHA-256, and only for the very GPU, driver and libraries it was bu
 import hashlib
 import json
 import os
+import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from importlib.metadata import version
@@ -18,10 +20,17 @@ from .download import default_cache_dir
 from .errors import EngineError
 from .files import atomic_write, file_sha256
 from .jetson import Jetson
+from .progress import say
 
 FORMAT = "omniad-tensorrt-plan"
 TRUSTED_OWNERS = (0,)  # root, besides the user
+MOST_BYTES = 4_000_000_000  # of all plans together; the weights alone of one of preset `base` are 63 MB
+DAY_S = 24 * 3600
 KIND = {"plan_sha256": str, "conditions": dict, "batches": list, "workspace_bytes": int}
+
+
+def plan_folder() -> Path:
+    return default_cache_dir() / "tensorrt"
 
 
 @dataclass(frozen=True)
@@ -43,7 +52,7 @@ class PlanCache:
 
     network: str
     conditions: Mapping[str, str]
-    folder: Path = field(default_factory=lambda: default_cache_dir() / "tensorrt")
+    folder: Path = field(default_factory=plan_folder)
 
     def path(self, suffix: str) -> Path:
         return self.folder / f"{self.network[:16]}-{self.conditions_digest}{suffix}"
@@ -68,7 +77,10 @@ class PlanCache:
         return StoredPlan(plan, tuple(record["batches"]), record["workspace_bytes"])
 
     def keep(self, plan: bytes, batches: Sequence[int], workspace_bytes: int) -> None:
-        """Takes the place of the one before. The record comes last: with it the plan is complete."""
+        """Takes the place of the one before; others go where there would be too many, see `make_room`.
+
+        The record comes last: with it the plan is complete. Raises OSError, as on a full disk.
+        """
         record = {
             "format": FORMAT,
             "plan_sha256": digest(plan),
@@ -79,9 +91,20 @@ class PlanCache:
             "built": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         }
         self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        make_room(self.folder, len(plan), self.path(".plan"))
         self.path(".speeds").unlink(missing_ok=True)
+        self.path(".used").touch()
         write(self.path(".plan"), plan)
         write(self.path(".json"), json.dumps(record, indent=1).encode())
+
+    def hold(self, owned: ExitStack) -> None:
+        """Notes that it is used now; until `owned` is closed, or this process ends, no process removes it."""
+        with suppress(OSError, ImportError):  # there is none yet; or no such locks
+            import fcntl
+
+            file = owned.enter_context(self.path(".used").open("rb"))
+            fcntl.flock(file, fcntl.LOCK_SH)
+            os.utime(file.fileno())  # last, as where root built it this is refused
 
     def why_none(self) -> str:
         """What is other than for the engine that was built of this network last."""
@@ -106,7 +129,8 @@ class PlanCache:
 
     def keep_speeds(self, rival: str, median_ms: dict[str, float]) -> None:
         """rival: digest of the kernels that this plan was measured beside; median_ms: by backend"""
-        write(self.path(".speeds"), json.dumps({rival: median_ms}).encode())
+        with suppress(OSError):  # as on a full disk: it is measured again
+            write(self.path(".speeds"), json.dumps({rival: median_ms}).encode())
 
     # TensorRT's measurements of single layers, which are the same in every network
 
@@ -118,7 +142,54 @@ class PlanCache:
         return self.timing_path.read_bytes() if self.timing_path.is_file() else b""
 
     def keep_timings(self, timings: bytes) -> None:
-        write(self.timing_path, timings)
+        with suppress(OSError):
+            write(self.timing_path, timings)
+
+
+def make_room(folder: Path, wanted_bytes: int, place: Path) -> None:
+    """Removes the plans used longest ago, until all have MOST_BYTES at most with one of wanted_bytes at `place`.
+
+    Never one that an engine uses now, in whichever process: see `PlanCache.hold`.
+    """
+    total, removed = wanted_bytes, []
+    for _, size, plan in stored_plans(folder):
+        total += size if plan != place else 0
+        if plan != place and total > MOST_BYTES and remove(plan):
+            total -= size
+            removed.append(size)
+    if removed:
+        say(
+            f"removed TensorRT engines that were used longest ago: {len(removed)}, {sum(removed) / 1e6:.0f} MB; "
+            f"{folder} keeps {MOST_BYTES / 1e9:g} GB at most"
+        )
+    for part in folder.glob(".*.part"):  # of a write that a power cut ended
+        with suppress(OSError):
+            if time.time() - part.stat().st_mtime > DAY_S:
+                part.unlink()
+
+
+def stored_plans(folder: Path) -> list[tuple[float, int, Path]]:
+    """When each was used, its bytes, its path; the one used last comes first."""
+    found = []
+    for plan in folder.glob("*.plan"):
+        used = plan.with_suffix(".used")
+        with suppress(FileNotFoundError):  # another process removed it just now
+            found.append(((used if used.exists() else plan).stat().st_mtime, plan.stat().st_size, plan))
+    return sorted(found, reverse=True)
+
+
+def remove(plan: Path) -> bool:
+    """With all that belongs to it; the record first, so that half of it is none. False if it is in use."""
+    try:
+        import fcntl
+
+        with plan.with_suffix(".used").open("ab") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            for suffix in (".json", ".plan", ".speeds", ".used"):
+                plan.with_suffix(suffix).unlink(missing_ok=True)
+    except (OSError, ImportError):  # in use, or not ours to remove
+        return False
+    return True
 
 
 def conditions(driver: Driver, tensorrt_version: str, arch: int, plugin: Path | None) -> dict[str, str]:

@@ -42,6 +42,7 @@ class TensorRtEngine:
     The engine is taken from the cache, else built, which takes minutes and says why, and kept once it has computed
     the bundle's self-test images as the trained network does.
 
+    kept: False if it could not be written to the cache; stderr said why
     batches, workspace_bytes: as for `build_engine`; None takes what the kept engine has
     Raises EngineError where it cannot be built or loaded, or if the self-test fails.
     """
@@ -70,6 +71,7 @@ class TensorRtEngine:
         built = None
         try:
             with context.entered():
+                target.cache.hold(owned)
                 try:
                     stored = target.stored(batches, workspace_bytes)
                     plan, self.batches = stored.plan, stored.batches
@@ -84,8 +86,10 @@ class TensorRtEngine:
         except BaseException:
             self.finalizer()
             raise
-        if built is not None:  # kept only now that it computed what it should
-            target.keep(built, self.batches, workspace_bytes)
+        self.kept = True
+        if built is not None:  # only now that it computed what it should
+            self.kept = target.keep(built, self.batches, workspace_bytes)
+            target.cache.hold(owned)
 
     @property
     def path(self) -> Path:
@@ -231,9 +235,15 @@ class Target:
         model = network_model(bundle, self.arch, self.parts)
         return build_engine(model, batches, workspace_bytes, self.cache.timings(), plugin=self.plugin)
 
-    def keep(self, built: BuiltEngine, batches: Sequence[int], workspace_bytes: int) -> None:
-        self.cache.keep(built.plan, batches, workspace_bytes)
-        self.cache.keep_timings(built.timings)
+    def keep(self, built: BuiltEngine, batches: Sequence[int], workspace_bytes: int) -> bool:
+        """False where it cannot be written: it runs all the same."""
+        try:
+            self.cache.keep(built.plan, batches, workspace_bytes)
+            self.cache.keep_timings(built.timings)
+        except OSError as exc:
+            say(f"the engine is not kept and will have to be built again: {exc}; make room in {self.cache.folder}")
+            return False
+        return True
 
 
 def why_plain(library: Path | None, arch: int) -> str:

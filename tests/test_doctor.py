@@ -187,6 +187,13 @@ def test_the_native_library_where_it_is(tmp_path, monkeypatch):
     assert doctor.native_runtime().ok
 
 
+def test_the_engines_that_are_kept(tmp_path):
+    assert doctor.kept_engines(tmp_path / "not there").text.startswith("0, 0 MB of 4 GB at most, in ")
+    for name, size in (("a.plan", 1_500_000), ("b.plan", 600_000), ("a.json", 5_000_000)):
+        (tmp_path / name).write_bytes(bytes(size))
+    assert doctor.kept_engines(tmp_path).text == f"2, 2 MB of 4 GB at most, in {tmp_path}"
+
+
 def test_a_cache_folder_that_is_not_there_yet(tmp_path, monkeypatch):
     finding = doctor.cache_space(tmp_path / "not" / "yet")
     assert finding.ok and str(Path("not", "yet")) in finding.text

@@ -3,9 +3,14 @@
 The stand-in computes a model with ONNX Runtime, so the engine's self-test is the real one.
 """
 
+import errno
 import gc
 import json
+import os
+import re
+import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -326,6 +331,101 @@ def test_batches_asked_for(bundle, machine, pixels, capsys):
     assert open_engine(bundle, "tensorrt").batches == (1, 2, 4) and built() == 2
     TensorRtEngine(bundle, workspace_bytes=1 << 20)
     assert f"had a workspace of {1 << 30} bytes: building one" in capsys.readouterr().err
+
+
+# How much is kept
+
+
+@pytest.fixture
+def small_cache(bundle, machine, monkeypatch) -> Path:
+    """The cache's folder, with an engine of this bundle in it and room for a second, but not for a third."""
+    open_engine(bundle, "tensorrt")
+    monkeypatch.setattr(plan_cache, "MOST_BYTES", int(2.5 * kept().stat().st_size))
+    gc.collect()
+    return kept().parent
+
+
+def open_of_version(bundle: Bundle, version: str):
+    trt.__version__ = version
+    return open_engine(bundle, "tensorrt")
+
+
+def files(folder: Path) -> Counter:
+    return Counter(path.suffix for path in folder.iterdir())
+
+
+def used_at(path: Path, time_s: float) -> None:
+    os.utime(path.with_suffix(".used"), (time_s, time_s))
+
+
+def test_the_engine_used_longest_ago_makes_room(bundle, small_cache, capsys):
+    first = kept()
+    used_at(first, 1000)
+    open_of_version(bundle, "10.4")
+    (second,) = set(small_cache.glob("*.plan")) - {first}
+    assert "removed" not in capsys.readouterr().err
+    used_at(second, 2000)
+    open_of_version(bundle, "10.3.0")  # which makes it the one used last
+    assert first.with_suffix(".used").stat().st_mtime > 2000
+    second.with_suffix(".speeds").write_text("{}")
+    gc.collect()
+    open_of_version(bundle, "10.5")
+    err = capsys.readouterr().err
+    assert re.search(rf"removed TensorRT engines .*: 1, \d+ MB; {small_cache} keeps .* GB at most", err)
+    assert files(small_cache) == {".plan": 2, ".json": 2, ".used": 2, ".cache": 3}
+    assert first.exists() and not second.exists()
+
+
+def test_an_engine_in_use_is_not_removed(bundle, small_cache, capsys):
+    in_use = [open_of_version(bundle, version) for version in ("10.3.0", "10.4", "10.5")]
+    assert files(small_cache)[".plan"] == 3 and "removed" not in capsys.readouterr().err
+    del in_use[0]
+    gc.collect()
+    open_of_version(bundle, "10.6")
+    assert files(small_cache)[".plan"] == 3 and "removed TensorRT engines" in capsys.readouterr().err
+
+
+def test_an_engine_in_use_in_another_process_is_not_removed(small_cache):
+    program = (
+        "import fcntl, sys; file = open(sys.argv[1]); fcntl.flock(file, fcntl.LOCK_SH); print(flush=True); input()"
+    )
+    command = [sys.executable, "-c", program, kept(".used")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        assert not plan_cache.remove(kept()) and files(small_cache)[".plan"] == 1
+        other.communicate(b"\n")
+    assert plan_cache.remove(kept()) and files(small_cache) == {".cache": 1}
+
+
+def test_two_may_make_room_at_once(small_cache, monkeypatch):
+    monkeypatch.setattr(plan_cache, "MOST_BYTES", 0)
+    with monkeypatch.context() as patch:
+        found = plan_cache.stored_plans(small_cache)
+        patch.setattr(plan_cache, "stored_plans", lambda folder: found)
+        for _ in range(2):
+            plan_cache.make_room(small_cache, 0, small_cache / "new.plan")
+    assert plan_cache.stored_plans(small_cache) == [] and files(small_cache)[".plan"] == 0
+
+
+def test_what_a_power_cut_left_is_removed_a_day_later(small_cache):
+    old, new = small_cache / ".a.plan.x.part", small_cache / ".b.plan.y.part"
+    old.write_bytes(b"half"), new.write_bytes(b"half")
+    os.utime(old, (1000, 1000))
+    plan_cache.make_room(small_cache, 0, kept())
+    assert new.exists() and not old.exists()
+
+
+def test_an_engine_that_cannot_be_kept_runs(bundle, bundle_file, machine, pixels, capsys, monkeypatch):
+    def full(path: Path, content: bytes) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(plan_cache, "write", full)
+    plan_cache.PlanCache("network", {}).keep_speeds("rival", {"fused": 1.0})  # a measurement may be lost
+    engine = open_engine(bundle, "tensorrt")
+    assert len(engine.run(pixels)[0]) == len(pixels)
+    assert "is not kept and will have to be built again: [Errno 28] No space left" in capsys.readouterr().err
+    assert main(["build", str(bundle_file)]) == 1
+    assert "could not be kept" in capsys.readouterr().err and files(engine.path.parent)[".plan"] == 0
 
 
 def tamper_plan(path: Path) -> None:
