@@ -15,6 +15,7 @@ from omniad_edge.bundle import WEIGHTS
 from omniad_edge.cuda_graph import CudaGraphPlan
 from omniad_edge.errors import OmniADError
 from omniad_edge.export.cubins import compile_plan
+from omniad_edge.export.fused_parts import kernel_parts
 from omniad_edge.export.onnx_graph import weights_message
 from omniad_edge.fused import BATCHES, PLAN
 from omniad_edge.kernels.fold import fold, named_arrays
@@ -47,14 +48,9 @@ class Bench:
 
     def native(self) -> NativeExecutor:
         """The same kernels and weights in the native runtime, for the fused engine's batch sizes."""
-        code, index = b"", {}
-        for key, kernel in self.kernels.items():
-            index[key] = {"name": kernel.name, "offset": len(code), "bytes": len(kernel.cubin)}
-            index[key] |= {"shared_bytes": kernel.shared_bytes, "num_warps": kernel.num_warps}
-            code += kernel.cubin
-        parts = {PLAN: json.dumps(self.plan.to_dict()).encode(), f"fused/sm_{self.arch}.bin": code}
-        parts |= {f"fused/sm_{self.arch}.json": json.dumps({"kernels": index}).encode()}
-        return NativeExecutor(parts | {WEIGHTS: weights_message(named_arrays(self.network))}, BATCHES)
+        weights = weights_message(named_arrays(self.network))
+        parts = {PLAN: json.dumps(self.plan.to_dict()).encode(), WEIGHTS: weights}
+        return NativeExecutor(parts | kernel_parts(self.kernels, self.arch), BATCHES)
 
     def pixels(self, batch: int) -> np.ndarray:
         shape = (batch, self.plan.height, self.plan.width, 3)

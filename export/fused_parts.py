@@ -6,7 +6,7 @@ graph for the plugin and the same kernels.
 
 import io
 import json
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -39,21 +39,28 @@ def fused_parts(
     parts = {PLAN: json.dumps(plan.to_dict()).encode()}
     parts["graphs/plugin.onnx"], _ = build_plugin_graph(network)
     for arch in check_targets(targets):
-        code, index = bytearray(), {}
-        for key, kernel in compile_plans((plan, *plugin_plans(network)), arch).items():
-            index[key] = {
-                "name": kernel.name,
-                "offset": len(code),
-                "bytes": len(kernel.cubin),
-                "shared_bytes": kernel.shared_bytes,
-                "num_warps": kernel.num_warps,
-            }
-            code += kernel.cubin
-        described = {"arch": f"sm_{arch}", "versions": versions(), "kernels": index}
-        parts |= {f"fused/sm_{arch}.bin": bytes(code), f"fused/sm_{arch}.json": json.dumps(described).encode()}
+        kernels = compile_plans((plan, *plugin_plans(network)), arch)
+        parts |= kernel_parts(kernels, arch)
         if report:
-            report(f"sm_{arch}: {len(index)} kernels, {len(code)} bytes, {len(plan.launches)} launches an image")
+            size = len(parts[f"fused/sm_{arch}.bin"])
+            report(f"sm_{arch}: {len(kernels)} kernels, {size} bytes, {len(plan.launches)} launches an image")
     return parts
+
+
+def kernel_parts(kernels: Mapping[str, Kernel], arch: int) -> dict[str, bytes]:
+    """The machine code of all kernels in one part, and in another where each begins, by its key."""
+    code, index = bytearray(), {}
+    for key, kernel in kernels.items():
+        index[key] = {
+            "name": kernel.name,
+            "offset": len(code),
+            "bytes": len(kernel.cubin),
+            "shared_bytes": kernel.shared_bytes,
+            "num_warps": kernel.num_warps,
+        }
+        code += kernel.cubin
+    described = {"arch": f"sm_{arch}", "versions": versions(), "kernels": index}
+    return {f"fused/sm_{arch}.bin": bytes(code), f"fused/sm_{arch}.json": json.dumps(described).encode()}
 
 
 def compile_plans(plans: Iterable[Plan], arch: int) -> dict[str, Kernel]:
