@@ -1,7 +1,8 @@
-"""The packages, and the native runtime `libomniad_runtime.so`, as CMakeLists.txt has it.
+"""The packages, and the native libraries, as CMakeLists.txt has them.
 
-The runtime is built where a C++ compiler is found; without one the installation goes on without it. It is no
-Python module, so one wheel does for all versions of Python.
+`libomniad_runtime.so` is built where a C++ compiler is found; without one the installation goes on without it.
+`libomniad_plugin.so`, for TensorRT, is built where TENSORRT_INCLUDE_DIR is set. Neither is a Python module, so one
+wheel does for all versions of Python.
 """
 
 import os
@@ -19,19 +20,61 @@ LIBRARY = os.path.join("omniad_edge", "libomniad_runtime.so")
 CMAKE = "CMakeLists.txt"
 
 
-def runtime_sources() -> list[str]:
+def library(name: str, *own_sources: str, **options) -> Extension:
+    """Of the common sources and its own."""
     core = re.search(r"add_library\(omniad_core OBJECT(.*?)\)", Path(CMAKE).read_text(encoding="utf-8"), re.DOTALL)
-    return [f"kernels/native/{name}" for name in ("omniad.cpp", *re.findall(r"\w+\.cpp", core[1]))]
+    return Extension(
+        f"omniad_edge.{name}",
+        [f"kernels/native/{source}" for source in (*own_sources, *re.findall(r"\w+\.cpp", core[1]))],
+        depends=[CMAKE, *glob("kernels/native/*.*")],  # all of it belongs into the source distribution
+        extra_compile_args=[
+            "-std=c++17",
+            "-fvisibility=hidden",
+            "-fvisibility-inlines-hidden",
+            "-ffp-contract=off",
+            "-g0",
+            "-Wno-deprecated-declarations",  # TensorRT's headers have pages of them
+        ],
+        libraries=["dl", "pthread"],
+        language="c++",
+        **options,
+    )
 
 
-class BuildRuntime(build_ext):
+def plugins() -> list[Extension]:
+    """The TensorRT plugin if its headers are named, of any TensorRT from 10.3 on. Then it is not optional."""
+    headers = os.environ.get("TENSORRT_INCLUDE_DIR", "").split(os.pathsep)[0]
+    if not headers:
+        return []
+    folders = {
+        "TENSORRT_INCLUDE_DIR": (headers, "NvInferRuntime.h"),
+        "CUDA_INCLUDE_DIR": (os.environ.get("CUDA_INCLUDE_DIR", "/usr/local/cuda/include"), "cuda_runtime_api.h"),
+    }
+    for variable, (folder, header) in folders.items():
+        if not Path(folder, header).is_file():
+            raise SystemExit(f"{variable}: expected the folder of {header}; got {folder}")
+    return [
+        library(
+            "libomniad_plugin",
+            "tensorrt_plugin.cpp",
+            "plan_node.cpp",
+            include_dirs=[folder for folder, _ in folders.values()],
+            extra_link_args=["-Wl,--gc-sections", "-Wl,--version-script=kernels/native/tensorrt_plugin.exports"],
+        )
+    ]
+
+
+class BuildLibraries(build_ext):
     def build_extensions(self) -> None:
         runtime.define_macros.append(("OMNIAD_VERSION", f'"{self.distribution.get_version()}"'))
-        compile_all = self.compiler.compile
+        compile_all, objects = self.compiler.compile, {}
 
         def compile_each(sources: list[str], **options) -> list[str]:
+            new = [source for source in sources if source not in objects]  # the common ones: once for both
             with ThreadPoolExecutor() as pool:
-                return list(chain(*pool.map(lambda source: compile_all([source], **options), sources)))
+                made = pool.map(lambda source: compile_all([source], **options), new)
+                objects.update(zip(new, made, strict=True))
+            return list(chain(*(objects[source] for source in sources)))
 
         self.compiler.compile = compile_each
         super().build_extensions()
@@ -46,21 +89,7 @@ class RuntimeWheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2] if built else "any"
 
 
-runtime = Extension(
-    "omniad_edge.libomniad_runtime",
-    runtime_sources(),
-    depends=[CMAKE, *glob("kernels/native/*.h")],
-    extra_compile_args=[
-        "-std=c++17",
-        "-fvisibility=hidden",
-        "-fvisibility-inlines-hidden",
-        "-ffp-contract=off",
-        "-g0",
-    ],
-    libraries=["dl", "pthread"],
-    language="c++",
-    optional=True,
-)
+runtime = library("libomniad_runtime", "omniad.cpp", optional=True)
 
 # `kernels` and `export` are top-level folders of the repository but sub-packages of the product:
 # a bare top-level package named `kernels` exists on PyPI already.
@@ -84,7 +113,7 @@ setup(
         "omniad_edge.backbones": ["*"],
         "omniad_edge.line": ["*.service"],
     },
-    include_package_data=False,  # not the runtime's sources, which are among the files of the source distribution
-    ext_modules=[runtime],
-    cmdclass={"build_ext": BuildRuntime, "bdist_wheel": RuntimeWheel},
+    include_package_data=False,  # not the libraries' sources, which are among the files of the source distribution
+    ext_modules=[runtime, *plugins()],
+    cmdclass={"build_ext": BuildLibraries, "bdist_wheel": RuntimeWheel},
 )

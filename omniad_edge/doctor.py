@@ -24,9 +24,10 @@ from .cuda_driver import Driver
 from .detector import Detector
 from .download import default_cache_dir
 from .engine import objection
-from .errors import MissingDependencyError, OmniADError
+from .errors import EngineError, MissingDependencyError, OmniADError
 from .jetson import Jetson
 from .plan_cache import MOST_BYTES, plan_folder, stored_plans
+from .tensorrt_library import PLUGIN_LIBRARY, PLUGIN_VARIABLE, find_plugin
 
 SCHEMA = 1  # of the JSON
 CPU_FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "asimddp", "bf16")
@@ -42,6 +43,16 @@ EXTRAS = (  # what it is for, the packages, the extra that brings them (none: al
 )
 CAMERAS = (("GStreamer and CSI cameras", "gstreamer"), ("GigE and USB3 Vision cameras", "aravis"))
 BUILD_NATIVE = "sudo apt install g++, then in a clone: pip install --force-reinstall --no-deps ."
+# Headers of any TensorRT from 10.3 on will do.
+BUILD_PLUGIN = (
+    "in a clone, with CUDA's headers in /usr/local/cuda/include or CUDA_INCLUDE_DIR: "
+    "git clone --depth 1 https://github.com/NVIDIA/TensorRT build/TensorRT && "
+    "TENSORRT_INCLUDE_DIR=build/TensorRT/include pip install --force-reinstall --no-deps ."
+)
+BUILD_PLUGIN_ON_JETSON = (
+    "sudo apt install g++ libnvinfer-headers-dev, then in a clone: "
+    "TENSORRT_INCLUDE_DIR=/usr/include/aarch64-linux-gnu pip install --force-reinstall --no-deps ."
+)
 DRIVER = "sudo ubuntu-drivers install, where there is an NVIDIA GPU; in a container: docker run --gpus all ..."
 DRIVER_FOR_JETSON = "sudo apt install nvidia-l4t-cuda; in a container: docker run --runtime nvidia ..."
 CUDA_FOR = {"6": "cuda-bindings~=12.9", "7": "cuda-bindings>=13,<14"}  # by JetPack
@@ -66,7 +77,7 @@ def run_doctor(path: Path | None = None, as_json: bool = False, root: str | Path
     """Print the report. -> 1 if there is a bundle at `path` that cannot run here, else 0."""
     jetson = Jetson(root)
     gpu, on_gpu = look_at_gpu(jetson)
-    findings = [*machine(), on_gpu, *packages(jetson), native_runtime(), *cameras()]
+    findings = [*machine(), on_gpu, *packages(jetson), native_runtime(), plugin(jetson), *cameras()]
     findings += on_jetson(jetson) if jetson else ()
     findings += inspect_bundle(path) if path else ()
     ok = all(finding.ok for finding in findings if (finding.section, finding.name) == ("bundle", "auto"))
@@ -172,7 +183,8 @@ def packages(jetson: Jetson) -> Iterator[Finding]:
         text = ", ".join(f"{package} {number}" for package, number in versions.items())
         if missing:
             text = f"without {' and '.join(missing)}"
-        yield Finding("can do", name, not missing, text, install_command(extra, jetson))
+        fixes = [install_command(extra, jetson, package) for package in missing]
+        yield Finding("can do", name, not missing, text, "; ".join(dict.fromkeys(fixes)))
 
 
 def native_runtime() -> Finding:
@@ -182,11 +194,27 @@ def native_runtime() -> Finding:
     )
 
 
-def install_command(extra: str, jetson: Jetson) -> str:
+def plugin(jetson: Jetson) -> Finding:
+    section, name = "can do", "inspect with TensorRT and our plugin"
+    if os.environ.get(PLUGIN_VARIABLE) == "none":
+        return Finding(section, name, None, f"switched off: {PLUGIN_VARIABLE}=none")
+    try:
+        library = find_plugin()
+    except EngineError as exc:
+        return Finding(section, name, False, str(exc))
+    if library is None:
+        text = f"{PLUGIN_LIBRARY} was not built: engines are built from the plain graph"
+        return Finding(section, name, False, text, BUILD_PLUGIN_ON_JETSON if jetson else BUILD_PLUGIN)
+    if installed("onnx") is None:  # which puts the kernels into the graph
+        return Finding(section, name, False, "without onnx", 'pip install "onnx>=1.16"')
+    return Finding(section, name, True, str(library))
+
+
+def install_command(extra: str, jetson: Jetson, package: str) -> str:
     """On a Jetson TensorRT is the system's, and cuda-bindings must fit its CUDA."""
-    if jetson and extra == "tensorrt":
+    if jetson and package == "tensorrt":
         return "sudo apt install python3-libnvinfer (an environment sees it with venv --system-site-packages)"
-    if jetson and extra == "cuda":
+    if jetson and package == "cuda-bindings":
         return f'pip install "{CUDA_FOR.get((jetson.jetpack or "")[:1], "omniad-edge[cuda]")}"'
     return f'pip install "omniad-edge[{extra}]"' if extra else "pip install omniad-edge"
 
@@ -202,7 +230,9 @@ def look_at_gpu(jetson: Jetson) -> tuple[dict | None, Finding]:
     except MissingDependencyError:
         if arch := fused.device_architecture():
             return None, Finding(section, name, True, f"sm_{arch}; more about it needs cuda-bindings")
-        return None, Finding(section, name, False, "without cuda-bindings", install_command("cuda", jetson))
+        return None, Finding(
+            section, name, False, "without cuda-bindings", install_command("cuda", jetson, "cuda-bindings")
+        )
     except OmniADError as exc:
         return None, Finding(section, name, False, str(exc))
     text = f"{gpu['name']}, {gpu['arch']}, {gpu['multiprocessors']} multiprocessors, {gpu['memory_mib']} MiB"

@@ -121,7 +121,7 @@ def objection(bundle: Bundle, arch: int | None) -> str:
     """Why this bundle cannot run on a GPU of this architecture (None: there is none); empty if it can."""
     if arch is None:
         what = "GPU, driver or cuda-bindings" if native.why_absent() else "GPU or driver"
-        return f"no NVIDIA {what} was found; `omniad doctor` says which"
+        return f'no NVIDIA {what} was found: see "inspect on an NVIDIA GPU" in `omniad doctor`'
     if PLAN not in bundle.parts:
         return f"the bundle has no GPU kernels; export it with --targets sm_{arch}"
     if f"fused/sm_{arch}.bin" not in bundle.parts:

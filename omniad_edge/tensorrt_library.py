@@ -77,5 +77,5 @@ def load_plugin(trt: Any, library: Path) -> None:
     if missing():
         raise EngineError(
             f"TensorRT {trt.__version__} does not find {', '.join(missing())} in {library}; build the library "
-            f"again (CMakeLists.txt), or set {PLUGIN_VARIABLE}=none to go without"
+            f"again (export/tensorrt.md), or set {PLUGIN_VARIABLE}=none to go without"
         )

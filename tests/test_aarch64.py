@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from native_parts import ROOT, Expected, Native, write_tiny
+from native_parts import ROOT, Expected, Native, tensorrt_headers, write_tiny
 
 EMULATOR = ("qemu-aarch64-static", "-L", "/usr/aarch64-linux-gnu")
 WHEEL_SCRIPT = ROOT / "kernels/native/platform_wheel.py"
@@ -29,7 +29,10 @@ def build(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("aarch64")
     toolchain = f"-DCMAKE_TOOLCHAIN_FILE={ROOT}/kernels/native/aarch64.cmake"
     options = [toolchain, "-DOMNIAD_NATIVE_TESTS=ON", "-DCMAKE_BUILD_TYPE=Debug", "-DCMAKE_CXX_FLAGS=-O0 -Werror"]
-    build = ["cmake", "--build", folder, "-j2", "--target", "omniad_runtime", "native_program", "recording_cuda"]
+    options += [f"-DTensorRT_INCLUDE_DIR={headers}" for headers in tensorrt_headers()[:1]]
+    targets = ["omniad_runtime", "native_program", "recording_cuda"]
+    targets += ["omniad_plugin"] if tensorrt_headers() else []
+    build = ["cmake", "--build", folder, "-j2", "--target", *targets]
     for command in (["cmake", "-S", ROOT, "-B", folder, *options], build):
         made = subprocess.run(command, capture_output=True, text=True)
         assert made.returncode == 0, made.stdout + made.stderr
@@ -39,6 +42,13 @@ def build(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def library(build) -> Path:
     return build / "libomniad_runtime.so"
+
+
+@pytest.fixture(scope="module")
+def plugin(build) -> Path:
+    if not tensorrt_headers():
+        pytest.skip("TensorRT's headers are needed: TENSORRT_INCLUDE_DIR=/path/to/include")
+    return build / "libomniad_plugin.so"
 
 
 def readelf(library: Path, *options: str) -> str:
@@ -60,6 +70,15 @@ def test_it_asks_for_nothing_that_jetpack_6_lacks(library):
     finally:
         sys.path.remove(str(WHEEL_SCRIPT.parent))
     assert needed_versions(library.read_bytes()) == numbers  # as the script for wheels reads them
+
+
+def test_the_plugin_asks_for_nothing_that_jetpack_6_lacks(plugin, library, any_wheel):
+    needed = set(re.findall(r"NEEDED.*\[(.*)]", readelf(plugin, "--dynamic")))
+    assert {"libc.so.6", "libstdc++.so.6"} <= needed <= LIBRARIES  # no TensorRT: it brings itself along
+    made = make_wheel(any_wheel, library, plugin)
+    assert made.returncode == 0, made.stderr
+    with zipfile.ZipFile(made.stdout.strip()) as wheel:
+        assert wheel.read("omniad_edge/libomniad_plugin.so") == plugin.read_bytes()
 
 
 def test_it_packs_the_weights_that_numpy_packs(build, tmp_path):
@@ -129,15 +148,27 @@ def test_a_wheel_with_this_machines_library_gets_the_others(any_wheel, tmp_path)
     given = any_wheel.rename(any_wheel.with_name(any_wheel.name.replace("-any", "-linux_x86_64")))
     with zipfile.ZipFile(given, "a") as wheel:
         wheel.writestr("omniad_edge/libomniad_runtime.so", b"of this machine")
-    other = elf(tmp_path / "library.so", 183)
+    other = elf(tmp_path / "libomniad_runtime.so", 183)
     path = Path(make_wheel(given, other).stdout.strip())
     assert path.name.endswith("-py3-none-manylinux_2_35_aarch64.whl")
     with zipfile.ZipFile(path) as wheel:
         assert wheel.read("omniad_edge/libomniad_runtime.so") == other.read_bytes()
 
 
+def test_a_wheel_with_the_plugin(any_wheel, tmp_path):
+    """That of this machine, which may be in the given wheel, is left out where there is none for the other."""
+    given = any_wheel.rename(any_wheel.with_name(any_wheel.name.replace("-any", "-linux_x86_64")))
+    with zipfile.ZipFile(given, "a") as wheel:
+        wheel.writestr("omniad_edge/libomniad_plugin.so", b"of this machine")
+    runtime, plugin = (elf(tmp_path / f"libomniad_{name}.so", 183) for name in ("runtime", "plugin"))
+    for libraries in ((runtime, plugin), (runtime,), (plugin,)):
+        with zipfile.ZipFile(make_wheel(given, *libraries).stdout.strip()) as wheel:
+            there = {name: wheel.read(name) for name in wheel.namelist() if name.endswith(".so")}
+        assert there == {f"omniad_edge/{library.name}": library.read_bytes() for library in libraries}
+
+
 def test_the_record_lists_every_file_with_its_digest(any_wheel, tmp_path):
-    path = Path(make_wheel(any_wheel, elf(tmp_path / "library.so", 183)).stdout.strip())
+    path = Path(make_wheel(any_wheel, elf(tmp_path / "libomniad_runtime.so", 183)).stdout.strip())
     with zipfile.ZipFile(path) as wheel:
         (record,) = (name for name in wheel.namelist() if name.endswith("/RECORD"))
         rows = [line.split(",") for line in wheel.read(record).decode().splitlines()]
@@ -166,23 +197,30 @@ def pip_installs(wheel: Path, target: Path, python: str, platform: str) -> bool:
     ids=["glibc", "libstdc++", "32 bit"],
 )
 def test_a_library_for_newer_systems_is_refused(any_wheel, tmp_path, machine, version, words):
-    made = make_wheel(any_wheel, elf(tmp_path / "library.so", machine, b"GLIBC_2.17", version))
+    made = make_wheel(any_wheel, elf(tmp_path / "libomniad_runtime.so", machine, b"GLIBC_2.17", version))
     assert made.returncode == 1 and words in made.stderr
     assert [path.name for path in tmp_path.glob("*.whl")] == [any_wheel.name]
 
 
 def test_versions_are_compared_as_numbers(any_wheel, tmp_path):
-    made = make_wheel(any_wheel, elf(tmp_path / "library.so", 62, b"GLIBC_2.4", b"GLIBCXX_3.4.9", b"CXXABI_1.3.9"))
+    made = make_wheel(
+        any_wheel, elf(tmp_path / "libomniad_runtime.so", 62, b"GLIBC_2.4", b"GLIBCXX_3.4.9", b"CXXABI_1.3.9")
+    )
     assert made.stdout.strip().endswith("-py3-none-manylinux_2_35_x86_64.whl")
 
 
 def test_wrong_files_are_errors_in_words(any_wheel, tmp_path):
-    text = tmp_path / "text"
+    text = tmp_path / "text" / "libomniad_plugin.so"
+    text.parent.mkdir()
     text.write_text("text")
+    arm, intel = elf(tmp_path / "libomniad_runtime.so", 183), elf(tmp_path / "libomniad_plugin.so", 62)
+    other = elf(tmp_path / "other.so", 183)
     for arguments, words in (
         ((any_wheel, text), "expected a library"),
-        ((text, text), "expected a wheel for any Python"),
-        ((tmp_path / "none-py3-none-any.whl", elf(tmp_path / "l.so", 62)), "No such file"),
+        ((text, arm), "expected a wheel for any Python"),
+        ((tmp_path / "none-py3-none-any.whl", arm), "No such file"),
+        ((any_wheel, other), "expected a library named libomniad_runtime.so or libomniad_plugin.so"),
+        ((any_wheel, arm, intel), "for one machine; got manylinux_2_35_aarch64 and manylinux_2_35_x86_64"),
     ):
         made = make_wheel(*arguments)
         assert made.returncode == 1 and words in made.stderr and "Traceback" not in made.stderr

@@ -73,6 +73,7 @@ def test_the_report_in_words_and_as_json(no_gpu, capsys):
         if finding["ok"] is False:
             assert f"  {finding['fix']}\n" in printed  # in one line, to be copied
     assert made["machine"]["cores"] >= 1
+    assert all("omniad doctor" not in finding["fix"] for finding in made["findings"])
 
 
 def test_a_bundle_runs_on_what_auto_takes(small_bundle, no_gpu, capsys):
@@ -82,6 +83,8 @@ def test_a_bundle_runs_on_what_auto_takes(small_bundle, no_gpu, capsys):
     assert "64x64" in found["file"]["text"]
     assert {name.split()[0] for name in found} >= set(BACKENDS)
     assert not found["fused fp16"]["ok"] and "no NVIDIA GPU" in found["fused fp16"]["text"]
+    assert 'see "inspect on an NVIDIA GPU"' in found["fused fp16"]["text"]  # which is a line of this report
+    assert "inspect on an NVIDIA GPU" in {finding["name"] for finding in made["findings"]}
     assert found["onnxruntime fp32"]["ok"]
     assert found["auto"]["ok"] and "opened and run in" in found["auto"]["text"]
 
@@ -153,7 +156,9 @@ def test_on_a_jetson_bindings_fit_its_cuda(tmp_path, monkeypatch, release, comma
     files = {name: text for name, text in ORIN_NANO.items() if name != "var/lib/dpkg/status"}
     jetson = Jetson(write_tree(tmp_path, files | {"etc/nv_tegra_release": release}))
     assert doctor.look_at_gpu(jetson)[1].fix == command
-    assert "python3-libnvinfer" in by_name(doctor.packages(jetson))["inspect with TensorRT"].fix
+    monkeypatch.setattr(doctor, "installed", lambda package: None)
+    fix = by_name(doctor.packages(jetson))["inspect with TensorRT"].fix
+    assert fix.startswith("sudo apt install python3-libnvinfer (an environment") and fix.endswith(f"); {command}")
 
 
 def test_a_jetson_tells_its_state(tmp_path, no_gpu, capsys):
@@ -185,6 +190,21 @@ def test_the_native_library_where_it_is(tmp_path, monkeypatch):
     assert not doctor.native_runtime().ok and "is not there" in doctor.native_runtime().text
     monkeypatch.setattr(native, "why_absent", lambda: "")
     assert doctor.native_runtime().ok
+
+
+def test_the_plugin_and_what_it_lacks(tmp_path, monkeypatch):
+    monkeypatch.setenv("OMNIAD_PLUGIN", "none")
+    assert doctor.plugin(NO_JETSON).ok is None
+    monkeypatch.setenv("OMNIAD_PLUGIN", str(tmp_path / "libomniad_plugin.so"))
+    assert doctor.plugin(NO_JETSON).ok is False and "not a file" in doctor.plugin(NO_JETSON).text
+    (tmp_path / "libomniad_plugin.so").touch()
+    assert doctor.plugin(NO_JETSON).ok and str(tmp_path) in doctor.plugin(NO_JETSON).text
+    monkeypatch.setattr(doctor, "installed", lambda package: None)
+    assert doctor.plugin(NO_JETSON).fix == 'pip install "onnx>=1.16"'
+    monkeypatch.setattr(doctor, "find_plugin", lambda: None)
+    for jetson, folder in ((NO_JETSON, "build/TensorRT/include"), (True, "/usr/include/aarch64-linux-gnu")):
+        fix = f"TENSORRT_INCLUDE_DIR={folder} pip install --force-reinstall --no-deps ."
+        assert not doctor.plugin(jetson).ok and doctor.plugin(jetson).fix.endswith(fix)
 
 
 def test_the_engines_that_are_kept(tmp_path):
