@@ -32,6 +32,7 @@ def build_engine(
     workspace_bytes: int = WORKSPACE_BYTES,
     timings: bytes = b"",
     plugin: Path | None = None,
+    one_profile: bool = False,
 ) -> BuiltEngine:
     """Build for this thread's GPU, with progress on stderr; takes minutes.
 
@@ -41,6 +42,8 @@ def build_engine(
     workspace_bytes: memory that a layer may take for itself, at most
     timings:   of an earlier build on this device; layers measured then are not measured again
     plugin:    library to load first, if the model has our plugins' nodes
+    one_profile: instead, for any number of images up to the largest of `batches`, and best for that: for a server
+               that puts together what waits and knows one profile
     Raises EngineError if TensorRT refuses, InputError for batches it cannot be built for.
     """
     check_batches(batches)
@@ -59,7 +62,8 @@ def build_engine(
     config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, workspace_bytes)
     config.clear_flag(trt.BuilderFlag.TF32)  # on unasked; the score is read off an fp32 product
     config.max_aux_streams = 0  # all in the one stream that is captured as a CUDA graph
-    for profile in profiles(builder, network.get_input(0), batches):
+    ranges = [(1, max(batches))] if one_profile else [(batch, batch) for batch in batches]
+    for profile in profiles(builder, network.get_input(0), ranges):
         if config.add_optimization_profile(profile) < 0:
             raise log.failure("refuses an optimisation profile")
     cache = config.create_timing_cache(timings)
@@ -93,13 +97,13 @@ def check_batches(batches: Sequence[int]) -> None:
         )
 
 
-def profiles(builder: Any, pixels: Any, batches: Sequence[int]) -> list[Any]:
-    """One for each batch alone: TensorRT then chooses kernels for that very shape."""
+def profiles(builder: Any, pixels: Any, ranges: Sequence[tuple[int, int]]) -> list[Any]:
+    """One for each range of batches. Where it is one batch alone, TensorRT chooses kernels for that very shape."""
     made = []
-    for batch in batches:
-        shape = (batch, *tuple(pixels.shape)[1:])
+    for least, most in ranges:
+        smallest, largest = ((batch, *tuple(pixels.shape)[1:]) for batch in (least, most))
         made.append(builder.create_optimization_profile())
-        made[-1].set_shape(pixels.name, shape, shape, shape)
+        made[-1].set_shape(pixels.name, smallest, largest, largest)
     return made
 
 

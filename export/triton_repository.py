@@ -13,6 +13,7 @@ from string import Template
 from ..bundle import WEIGHTS, Bundle, read_bundle
 from ..errors import ExportError, InputError
 from ..files import atomic_folder, atomic_write
+from ..tensorrt_engine import build_server_plan
 
 BUNDLE = "line.omniad"  # the copy whose thresholds apply
 MODEL_PY = "from omniad_edge.export.triton_model import TritonPythonModel  # noqa: F401\n"
@@ -72,6 +73,7 @@ PLAN = {
     "kind": "KIND_GPU",
     "batching": "# The server reads max_batch_size from the plan; if it is above 1, it batches what is waiting.",
 }
+BUILT_PLAN = PLAN | {"batching": ON_GPU["batching"]}
 WARMUP = Template("""\
   {
     name: "batch_$batch" batch_size: $batch
@@ -80,36 +82,41 @@ WARMUP = Template("""\
 
 
 def write_triton_repository(
-    bundle: str | Path, out: str | Path, gpu: bool = False, plan: str | Path | None = None
+    bundle: str | Path,
+    out: str | Path,
+    gpu: bool = False,
+    plan: str | Path | None = None,
+    tensorrt: bool = False,
 ) -> tuple[str, str]:
     """Write the model repository of a bundle; -> the names of its models: the one to ask, and its network.
 
     out:  folder to write, new or empty; it appears as a whole or not at all
     gpu:  for a server with an NVIDIA GPU: the bundle's fp16 graph, there; else the graph of CPUs, on the CPU
     plan: in place of a graph a TensorRT plan of this bundle, built on that very server
+    tensorrt: the same, built now, as this is that server; takes minutes
 
     Raises ExportError if the folder holds something or the bundle has no such graph, InputError if there is no
-    such plan, BundleError as `read_bundle` does.
+    such plan, BundleError as `read_bundle` does, EngineError or MissingDependencyError where none can be built.
     """
     bundle, out = Path(bundle), Path(out)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ExportError(f"{out}: expected a new or an empty folder, but it holds something; choose another")
     contents = read_bundle(bundle)
-    network = network_file(contents, gpu, plan)
+    network = build_server_plan(contents, BATCH) if tensorrt else network_file(contents, gpu, plan)
     name = "omniad_" + re.sub("[^A-Za-z0-9_]", "_", bundle.stem)
-    facts = PLAN if plan else ON_GPU if gpu else ON_CPU
+    facts = BUILT_PLAN if tensorrt else PLAN if plan else ON_GPU if gpu else ON_CPU
+    # ONNX Runtime on a GPU tunes its convolutions for every batch size it meets, the first time.
+    sizes = range(1, BATCH + 1) if facts is ON_GPU else [1]
     facts = facts | {"name": name, "height": contents.height, "width": contents.width, "batch": BATCH}
     facts["precision"] = "fp32" if facts["kind"] == "KIND_CPU" else contents.precision
     facts["weights_sha256"] = weights_sha256(contents)
-    # ONNX Runtime on a GPU tunes its convolutions for every batch size it meets, the first time.
-    sizes = range(1, BATCH + 1) if gpu and not plan else [1]
     facts["warmup"] = ",\n".join(WARMUP.substitute(facts, batch=size) for size in sizes)
     files = {
         f"{name}/config.pbtxt": DETECTOR.substitute(facts).encode(),
         f"{name}/1/model.py": MODEL_PY.encode(),
         f"{name}/1/{BUNDLE}": bundle.read_bytes(),
         f"{name}_network/config.pbtxt": NETWORK.substitute(facts).encode(),
-        f"{name}_network/1/model.{'plan' if plan else 'onnx'}": network,
+        f"{name}_network/1/model.{'plan' if plan or tensorrt else 'onnx'}": network,
     }
     with atomic_folder(out) as folder:
         for path, content in files.items():

@@ -148,6 +148,7 @@ def parser() -> argparse.ArgumentParser:
     network = sub.add_mutually_exclusive_group()
     network.add_argument("--gpu", action="store_true", help="the server has an NVIDIA GPU: use the fp16 graph")
     network.add_argument("--plan", type=Path, help="use this TensorRT plan, built on that very server")
+    network.add_argument("--tensorrt", action="store_true", help="build that plan now: this is that very server")
 
     sub = command("pretrain", pretrain, "train a backbone on procedural pictures")
     sub.add_argument("--out", type=Path, required=True, help="weights file to write, .safetensors")
@@ -410,7 +411,9 @@ def doctor(options: argparse.Namespace) -> int:
 def triton_repository(options: argparse.Namespace) -> None:
     from .export.triton_repository import write_triton_repository
 
-    model, network = write_triton_repository(options.bundle, options.out, options.gpu, options.plan)
+    model, network = write_triton_repository(
+        options.bundle, options.out, options.gpu, options.plan, options.tensorrt
+    )
     print(f"{options.out}: ask the model {model}; its network is {network}")
 
 

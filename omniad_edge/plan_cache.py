@@ -90,11 +90,10 @@ class PlanCache:
             "workspace_bytes": workspace_bytes,
             "built": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         }
-        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         make_room(self.folder, len(plan), self.path(".plan"))
         self.path(".speeds").unlink(missing_ok=True)
-        self.path(".used").touch()
         write(self.path(".plan"), plan)
+        self.path(".used").touch()
         write(self.path(".json"), json.dumps(record, indent=1).encode())
 
     def hold(self, owned: ExitStack) -> None:
@@ -240,6 +239,7 @@ def check_owner(path: Path) -> None:
 
 
 def write(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     with atomic_write(path) as part:
         part.write_bytes(content)
 

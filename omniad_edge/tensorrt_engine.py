@@ -44,6 +44,7 @@ class TensorRtEngine:
 
     kept: False if it could not be written to the cache; stderr said why
     batches, workspace_bytes: as for `build_engine`; None takes what the kept engine has
+    target: where it is built and kept, if not where `Target` says
     Raises EngineError where it cannot be built or loaded, or if the self-test fails.
     """
 
@@ -56,12 +57,13 @@ class TensorRtEngine:
         reason: str = "asked for",
         batches: Sequence[int] | None = None,
         workspace_bytes: int | None = None,
+        target: "Target | None" = None,
     ) -> None:
         if batches is not None:
             check_batches(batches)
             batches = tuple(sorted(batches))
         self_test = read_self_test(bundle)
-        self.target = target = Target(bundle)
+        self.target = target = target or Target(bundle)
         self.reason = f"{reason}; {target.graph}"
         self.input_size = bundle.height, bundle.width
         self.front, self.kernels = front_of(bundle, target.arch)
@@ -205,12 +207,15 @@ class Target:
     Raises EngineError, MissingDependencyError or BundleError where there can be no engine.
     """
 
-    def __init__(self, bundle: Bundle) -> None:
+    def __init__(self, bundle: Bundle, with_plugin: bool = True) -> None:
         self.trt = import_tensorrt()
         self.arch = device_architecture()
         if self.arch is None:
-            raise EngineError("no NVIDIA GPU, driver or cuda-bindings was found; `omniad doctor` says which")
-        library = find_plugin()
+            raise EngineError(
+                "no NVIDIA GPU, driver or cuda-bindings was found: "
+                'see "inspect on an NVIDIA GPU" in `omniad doctor`'
+            )
+        library = find_plugin() if with_plugin else None
         self.parts = network_parts(bundle, self.arch, library)
         self.plugin = library if PLUGIN_GRAPH in self.parts else None
         self.graph = "with our plugin" if self.plugin else f"without our plugin: {why_plain(library, self.arch)}"
@@ -244,6 +249,39 @@ class Target:
             say(f"the engine is not kept and will have to be built again: {exc}; make room in {self.cache.folder}")
             return False
         return True
+
+
+class ServerTarget(Target):
+    """A plan for a server: always built, never put into the cache; `plan` has it once its self-test passed.
+
+    It has one profile, for 1 to `most` images, and no plugin, as the server does not know ours.
+    """
+
+    def __init__(self, bundle: Bundle, most: int) -> None:
+        super().__init__(bundle, with_plugin=False)
+        self.most, self.plan = most, b""
+
+    def stored(self, batches: Sequence[int] | None, workspace_bytes: int | None) -> StoredPlan:
+        raise EngineError("a plan for a server is not kept")
+
+    def build(self, bundle: Bundle, batches: Sequence[int], workspace_bytes: int) -> BuiltEngine:
+        model, timings = network_model(bundle, self.arch, self.parts), self.cache.timings()
+        return build_engine(model, (1, self.most), workspace_bytes, timings, one_profile=True)
+
+    def keep(self, built: BuiltEngine, batches: Sequence[int], workspace_bytes: int) -> bool:
+        self.plan = built.plan
+        self.cache.keep_timings(built.timings)
+        return True
+
+
+def build_server_plan(bundle: Bundle, most: int) -> bytes:
+    """Takes minutes; with progress on stderr. The self-test's images are computed one by one.
+
+    Raises EngineError, MissingDependencyError or BundleError as TensorRtEngine does.
+    """
+    target = ServerTarget(bundle, most)
+    TensorRtEngine(bundle, "for a server", batches=(1,), target=target)
+    return target.plan
 
 
 def why_plain(library: Path | None, arch: int) -> str:

@@ -35,7 +35,7 @@ from omniad_edge.kernels.fold import fold
 from omniad_edge.kernels.plan import Kernel
 from omniad_edge.preprocess import resize
 from omniad_edge.self_test import SELF_TEST
-from omniad_edge.tensorrt_engine import TensorRtEngine
+from omniad_edge.tensorrt_engine import TensorRtEngine, build_server_plan
 from omniad_edge.tensorrt_library import PLUGINS
 from omniad_edge.weights import load_run
 
@@ -333,6 +333,40 @@ def test_batches_asked_for(bundle, machine, pixels, capsys):
     assert f"had a workspace of {1 << 30} bytes: building one" in capsys.readouterr().err
 
 
+# For a server
+
+
+def test_a_plan_for_a_server_has_one_profile_and_a_place_in_its_repository(bundle_file, machine, tmp_path, capsys):
+    assert main(["triton-repository", str(bundle_file), "--tensorrt", "--out", str(tmp_path / "models")]) == 0
+    folder = tmp_path / "models/omniad_line3_network"
+    plan = (folder / "1/model.plan").read_bytes()
+    assert trt._state.loaded_plans == [plan]  # for the self-test
+    ((name, least, best, most),) = trt._state.builders[0]._config._profiles
+    assert (name, least[0], best[0], most[0]) == ("pixels", 1, 8, 8) and least[1:] == most[1:] == (64, 64, 3)
+    config = (folder / "config.pbtxt").read_text()
+    assert 'platform: "tensorrt_plan"\nmax_batch_size: 8\ndynamic_batching { }\n' in config
+    assert "building one" in capsys.readouterr().err
+    cache = plan_cache.plan_folder()
+    assert [path.suffix for path in cache.iterdir()] == [
+        ".cache"
+    ]  # for the next build; the plan is not ours to run
+
+
+def test_a_plan_for_a_server_has_no_plugin(plugin_bundle, plugin, machine):
+    assert build_server_plan(plugin_bundle, 4)
+    assert trt._state.libraries == []
+
+
+def test_a_plan_for_a_server_that_computes_something_else_is_not_written(bundle_file, machine, tmp_path, capsys):
+    trt._state.error = 1e-3
+    arguments = ["triton-repository", str(bundle_file), "--tensorrt", "--out", str(tmp_path / "models")]
+    assert main(arguments) == 1 and "a self-test image is 0.001 off" in capsys.readouterr().err
+    assert not (tmp_path / "models").exists()
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models/something").touch()
+    assert main(arguments) == 1 and built() == 1  # refused before the minutes that a build takes
+
+
 # How much is kept
 
 
@@ -425,7 +459,7 @@ def test_an_engine_that_cannot_be_kept_runs(bundle, bundle_file, machine, pixels
     assert len(engine.run(pixels)[0]) == len(pixels)
     assert "is not kept and will have to be built again: [Errno 28] No space left" in capsys.readouterr().err
     assert main(["build", str(bundle_file)]) == 1
-    assert "could not be kept" in capsys.readouterr().err and files(engine.path.parent)[".plan"] == 0
+    assert "could not be kept" in capsys.readouterr().err and not engine.path.exists()
 
 
 def tamper_plan(path: Path) -> None:
