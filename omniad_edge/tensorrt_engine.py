@@ -207,7 +207,7 @@ class Target:
     Raises EngineError, MissingDependencyError or BundleError where there can be no engine.
     """
 
-    def __init__(self, bundle: Bundle, with_plugin: bool = True) -> None:
+    def __init__(self, bundle: Bundle) -> None:
         self.trt = import_tensorrt()
         self.arch = device_architecture()
         if self.arch is None:
@@ -215,7 +215,7 @@ class Target:
                 "no NVIDIA GPU, driver or cuda-bindings was found: "
                 'see "inspect on an NVIDIA GPU" in `omniad doctor`'
             )
-        library = find_plugin() if with_plugin else None
+        library = find_plugin()
         self.parts = network_parts(bundle, self.arch, library)
         self.plugin = library if PLUGIN_GRAPH in self.parts else None
         self.graph = "with our plugin" if self.plugin else f"without our plugin: {why_plain(library, self.arch)}"
@@ -258,7 +258,8 @@ class ServerTarget(Target):
     """
 
     def __init__(self, bundle: Bundle, most: int) -> None:
-        super().__init__(bundle, with_plugin=False)
+        super().__init__(bundle)
+        self.parts, self.plugin = network_parts(bundle, self.arch, None), None
         self.most, self.plan = most, b""
 
     def stored(self, batches: Sequence[int] | None, workspace_bytes: int | None) -> StoredPlan:

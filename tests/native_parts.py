@@ -22,6 +22,7 @@ from omniad_edge.kernels.plan import Buffer, Call, Kernel, Launch, Plan
 from omniad_edge.kernels.resize_tables import MAX_TAPS
 from omniad_edge.kernels.schedule import arrange, for_batch
 from omniad_edge.onnx_weights import read_weights
+from omniad_edge.self_test import SELF_TEST
 
 ROOT = Path(__file__).resolve().parents[1]
 SIZE = 32  # of the tiny plan's images; the least that a bundle may have
@@ -208,10 +209,22 @@ def fused_parts(
 
 def write_tiny(path: Path, plan: Plan | None = None, parts: dict[str, bytes] | None = None) -> Path:
     """A bundle of the tiny plan; parts: instead of its own."""
-    given = parts or fused_parts(plan or tiny_plan(), weights_file(arrays()))
+    given = parts or fused_parts(plan or tiny_plan(), weights_file(arrays())) | {SELF_TEST: self_test_part()}
     size = {"height": SIZE, "width": SIZE}
     write_bundle(path, manifest(input=manifest()["input"] | size), given)
     return path
+
+
+def self_test_part(pixels: np.ndarray | None = None, deviation: float = 0.0, **changes: np.ndarray) -> bytes:
+    """Images (N, SIZE, SIZE, 3) uint8 RGB, and the maps that the stand-in's kernels give for each alone.
+
+    Without pixels: three of one grey, which come out of a batch as they do alone. changes: arrays by name
+    """
+    if pixels is None:
+        pixels = np.full((3, SIZE, SIZE, 3), 7, np.uint8)
+    maps = [np.resize(np.float32(image[..., ::-1].reshape(-1)), (SIZE, SIZE)) for image in pixels]
+    test = {"pixels": np.float16(pixels), "anomaly_map": np.float32(maps).reshape(-1, SIZE, SIZE)}
+    return weights_file(test | {"score_deviation": np.array(deviation, np.float32)} | changes)
 
 
 @dataclass(frozen=True)

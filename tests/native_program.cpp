@@ -62,6 +62,20 @@ int run(char **words) {
     return say(omniad_close(runtime));
 }
 
+// selftest BUNDLE BATCH...
+int selfTest(int count, char **words) {
+    omniad_runtime *runtime;
+    std::vector<int> batches;
+    for (int i = 1; i < count; ++i) {
+        batches.push_back(std::atoi(words[i]));
+    }
+    if (say(omniad_open(words[0], 0, batches.data(), count - 1, &runtime))) {
+        return 1;
+    }
+    say(omniad_self_test(runtime));
+    return say(omniad_close(runtime));
+}
+
 // frames BUNDLE BATCH OUT FILE PADDING (ROWS COLUMNS)...: frames with PADDING bytes behind each row
 int frames(int count, char **words) {
     omniad_runtime *runtime;
@@ -234,6 +248,7 @@ int misuse(char **words) {
     say(omniad_get_architecture(7, nullptr));
     say(omniad_close(nullptr));
     say(omniad_get_info(nullptr, &info));
+    say(omniad_self_test(nullptr));
     say(omniad_open(words[0], 0, batches, 2, &runtime));
     Outputs outputs(runtime, 1);
     uint8_t pixel[3] = {};
@@ -279,6 +294,8 @@ int main(int count, char **words) {
         }
     } else if (verb == "run") {
         return run(words);
+    } else if (verb == "selftest") {
+        return selfTest(count, words);
     } else if (verb == "frames") {
         return frames(count, words);
     } else if (verb == "enqueue") {

@@ -73,7 +73,7 @@ def half_bundle(small_run, tmp_path_factory):
 def test_a_bundle_of_fp16_has_half_the_size_and_one_graph_more(half_bundle, small_bundle):
     bundle = read_bundle(half_bundle[0])
     graphs = ["graphs/cpu.onnx", "graphs/fp16.onnx"]
-    assert sorted(bundle.parts) == ["fused/self_test.npz", *graphs, "weights.onnx"]
+    assert sorted(bundle.parts) == ["fused/self_test.onnx", *graphs, "weights.onnx"]
     assert bundle.precision == "fp16"
     assert 0.5 < half_bundle[0].stat().st_size / small_bundle.stat().st_size < 0.53
 

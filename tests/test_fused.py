@@ -1,6 +1,5 @@
 """The fused engine's bundle parts and choice, without a GPU: launches go to a stand-in that runs nothing."""
 
-import io
 import json
 from typing import ClassVar
 
@@ -16,9 +15,11 @@ from omniad_edge.engine import OnnxRuntimeEngine, open_engine
 from omniad_edge.errors import BundleError, EngineError, ExportError, InputError
 from omniad_edge.export import fused_parts as parts_module
 from omniad_edge.export.bundle_export import export_bundle
+from omniad_edge.export.onnx_graph import weights_message
 from omniad_edge.export.plugin_graph import block_nodes, with_kernels
 from omniad_edge.image import check_frame
 from omniad_edge.kernels.plan import Kernel
+from omniad_edge.onnx_weights import read_weights
 from omniad_edge.preprocess import resize
 from omniad_edge.self_test import MAX_MAP_ERROR, SELF_TEST
 
@@ -44,14 +45,16 @@ def bundle(small_run, tmp_path, compiled) -> Bundle:
 
 
 def self_test_of(bundle: Bundle) -> dict[str, np.ndarray]:
-    with np.load(io.BytesIO(bundle.parts[SELF_TEST]), allow_pickle=False) as test:
-        return dict(test)
+    test = read_weights(bundle.parts[SELF_TEST])
+    return test | {"pixels": test["pixels"].astype(np.uint8)}
 
 
-def with_self_test(bundle: Bundle, **changes) -> Bundle:
-    file = io.BytesIO()
-    np.savez(file, **{name: v for name, v in (self_test_of(bundle) | changes).items() if v is not None})
-    return Bundle(bundle.manifest, bundle.parts | {SELF_TEST: file.getvalue()})
+def with_self_test(bundle: Bundle, score_deviation: float | None) -> Bundle:
+    arrays = read_weights(bundle.parts[SELF_TEST])
+    del arrays["score_deviation"]
+    if score_deviation is not None:
+        arrays["score_deviation"] = np.array(score_deviation, np.float32)
+    return Bundle(bundle.manifest, bundle.parts | {SELF_TEST: weights_message(arrays)})
 
 
 class Graph:

@@ -1,7 +1,6 @@
 """The fused engine through the native runtime against the stand-in for libcuda, beside the Python executor."""
 
 import ctypes
-import io
 import json
 import re
 import sys
@@ -10,7 +9,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 from fake_cuda import OnGpu
-from native_parts import ROOT, SIZE, Expected, Native, arrays, fused_parts, tiny_plan, weights_file, write_tiny
+from native_parts import (
+    ROOT,
+    SIZE,
+    Expected,
+    Native,
+    arrays,
+    fused_parts,
+    self_test_part,
+    tiny_plan,
+    weights_file,
+    write_tiny,
+)
 from test_native_runtime import check_launches, given_back, names
 
 from omniad_edge import native as native_module
@@ -55,10 +65,7 @@ def native(native_build, tmp_path) -> PythonNative:
 def tiny(tmp_path_factory) -> Path:
     """With a self-test that the stand-in's kernels pass: the first bytes of the frame go out as map."""
     pixels = np.random.default_rng(6).integers(0, 256, (2, SIZE, SIZE, 3), np.uint8)
-    maps = [np.resize(np.float32(image[..., ::-1].reshape(-1)), (SIZE, SIZE)) for image in pixels]
-    file = io.BytesIO()
-    np.savez_compressed(file, pixels=pixels, anomaly_map=maps, score_deviation=0.0)
-    parts = fused_parts(tiny_plan(), weights_file(arrays())) | {SELF_TEST: file.getvalue()}
+    parts = fused_parts(tiny_plan(), weights_file(arrays())) | {SELF_TEST: self_test_part(pixels)}
     return write_tiny(tmp_path_factory.mktemp("tiny_engine") / "tiny.omniad", parts=parts)
 
 
@@ -86,10 +93,8 @@ def test_a_detector(native, tiny):
 
 
 def test_a_self_test_that_fails_is_refused(native, tmp_path):
-    file = io.BytesIO()
-    pixels = np.zeros((1, SIZE, SIZE, 3), np.uint8)
-    np.savez(file, pixels=pixels, anomaly_map=np.full((1, SIZE, SIZE), 0.01), score_deviation=0.0)
-    parts = fused_parts(tiny_plan(), weights_file(arrays())) | {SELF_TEST: file.getvalue()}
+    test = self_test_part(anomaly_map=np.full((3, SIZE, SIZE), 7.01, np.float32))
+    parts = fused_parts(tiny_plan(), weights_file(arrays())) | {SELF_TEST: test}
     made = native.run("detector", write_tiny(tmp_path / "other.omniad", parts=parts))
     assert re.search(r"EngineError: backend fused: its anomaly map of a self-test image is 0\.01 off", made.stderr)
 

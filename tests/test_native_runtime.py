@@ -16,12 +16,19 @@ from native_parts import (
     VALGRIND,
     Expected,
     Native,
+    arrays,
+    fused_parts,
+    self_test_part,
     stand_in_kernels,
+    tiny_plan,
+    weights_file,
     write_tiny,
 )
 
 from omniad_edge.cuda_driver import MEANING, STICKY
 from omniad_edge.kernels.resize_tables import TABLES, resample_tables
+from omniad_edge.onnx_weights import read_weights
+from omniad_edge.self_test import MAX_MAP_ERROR, MAX_SCORE_ERROR, SELF_TEST
 
 OK, ENGINE, LOST = 0, 3, 6
 
@@ -257,6 +264,68 @@ def test_everything_is_freed_in_reverse(native, tiny):
     ]
 
 
+# The self-test
+
+
+def test_the_self_test_passes_in_every_batch(native, tiny):
+    printed, calls = native.recorded("selftest", tiny, 1, 3, 8)
+    assert printed == ["0 "] * 3
+    assert names(calls).count("cuGraphLaunch") == 3 + 1 + 1
+
+
+GREY = np.full((3, SIZE, SIZE), 7, np.float32)
+LAST = np.zeros_like(GREY)
+LAST[-1, -1, -1] = 1
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"anomaly_map": GREY + np.float32(4e-4) * LAST}, "3 its anomaly map of .* is 0.0004.* off, 0.0003 is"),
+        ({"anomaly_map": GREY + np.nan * LAST}, "3 its anomaly map of a self-test image is -?nan off"),
+        (
+            {"anomaly_map": GREY + np.float32(2e-4) * LAST, "deviation": 5e-3},
+            r"3 its score in standard deviations of a self-test image is 0.0[34]\d* off, 0.02 is allowed",
+        ),
+        ({"anomaly_map": GREY + np.float32(2e-4) * LAST, "deviation": 0.1}, "0 $"),
+        ({"pixels": np.full((3, SIZE, SIZE, 3), 8, np.uint8), "anomaly_map": GREY}, "3 its anomaly map .* 1 off"),
+        ({"anomaly_map": GREY[:2]}, "2 .*expected an array anomaly_map of 3 axes"),
+        ({"score_deviation": np.zeros(2, np.float32)}, "2 .*expected an array score_deviation of 0 axes"),
+        (
+            {"pixels": np.zeros((0, SIZE, SIZE, 3), np.uint8), "anomaly_map": GREY[:0]},
+            "2 .*expected an array pixels",
+        ),
+    ],
+)
+def test_a_self_test_that_fails_says_why(native, changes, words):
+    parts = fused_parts(tiny_plan(), weights_file(arrays())) | {SELF_TEST: self_test_part(**changes)}
+    made = native.run("selftest", write_tiny(native.scratch / "other.omniad", parts=parts), 1)
+    opened, tested, closed = made.stdout.splitlines()
+    assert re.match(words, tested) and (opened, closed) == ("0 ", "0 ")
+
+
+@pytest.mark.parametrize("pixel", [-1, 256, np.nan])
+def test_a_self_test_of_what_are_no_pixels(native, pixel):
+    test = weights_file(
+        read_weights(self_test_part()) | {"pixels": np.full((3, SIZE, SIZE, 3), pixel, np.float16)}
+    )
+    parts = fused_parts(tiny_plan(), weights_file(arrays())) | {SELF_TEST: test}
+    made = native.run("selftest", write_tiny(native.scratch / "other.omniad", parts=parts), 1)
+    assert "2 fused/self_test.onnx: expected pixels from 0 to 255" in made.stdout
+
+
+def test_a_bundle_without_self_test(native):
+    parts = fused_parts(tiny_plan(), weights_file(arrays()))
+    made = native.run("selftest", write_tiny(native.scratch / "other.omniad", parts=parts), 1)
+    assert "2 the bundle has no fused/self_test.onnx; export it again" in made.stdout
+
+
+def test_limits_of_the_self_test_are_those_of_python():
+    text = (ROOT / "kernels" / "native" / "self_test.cpp").read_text()
+    found = re.search(r"kMAX_MAP_ERROR = ([\d.e-]+), kMAX_SCORE_ERROR = ([\d.]+);", text)
+    assert tuple(map(float, found.groups())) == (MAX_MAP_ERROR, MAX_SCORE_ERROR)
+
+
 # Failures of the driver
 
 
@@ -315,7 +384,7 @@ def test_misuse_is_refused_with_words(native, tiny):
         *("1 batches: expected at least one", "1 batches: expected numbers from 1 to 64, got 0", "1 .*, got 65"),
         *["3 cuDeviceGet: CUDA_ERROR_INVALID_DEVICE: no usable GPU"] * 2,
         *("1 content of a part: expected a pointer", "3 the bundle has no GPU kernels; export it with"),
-        *("1 architecture: expected a pointer", "0 ", "1 runtime: expected a pointer", "0 "),
+        *("1 architecture: expected a pointer", "0 ", *["1 runtime: expected a pointer"] * 2, "0 "),
         *("1 pixels: expected a pointer", "1 pred_score: expected a pointer", "1 images: expected 1 or 3; got 2"),
         *("1 pixels, anomaly_map, peaks: expected addresses", "1 images: expected 1 or 3; got -1"),
         *("1 frame: .* at no address", "1 frame: .* 0 rows", "1 frame: .* 2 bytes apart"),

@@ -693,7 +693,7 @@ def test_bundles_that_have_not_what_it_takes(bundle, machine):
         parts = {name: part for name, part in bundle.parts.items() if name != missing}
         with pytest.raises(BundleError, match=words):
             open_engine(Bundle(bundle.manifest, parts), "tensorrt")
-    with pytest.raises(BundleError, match=r"self_test\.npz is not as omniad-export writes it"):
+    with pytest.raises(BundleError, match=r"self_test\.onnx is not as omniad-export writes it"):
         open_engine(Bundle(bundle.manifest, bundle.parts | {SELF_TEST: b"PK"}), "tensorrt")
     with pytest.raises(EngineError, match="TensorRT computes in fp16; for fp32"):
         open_engine(bundle, "tensorrt", "fp32")

@@ -28,6 +28,7 @@ public:
     ~GraphPlan();
 
     const Plan &plan() const { return mContent.plan; }
+    const std::vector<int> &batches() const { return mContent.batches; }
     CudaStream stream() const { return mStream; }
     // All on the host: pixels (images, height, width, 3) RGB -> (images, height, width) and (images).
     void run(int images, const uint8_t *pixels, float *anomalyMap, float *predScore);

@@ -1,4 +1,4 @@
-// A line in C++: opens a bundle once, then a score for each raw frame in a file.
+// A line in C++: opens a bundle once, tests itself, then a score for each raw frame in a file.
 //
 //     omniad_example line.omniad frames.bgr 1080 1920
 //
@@ -44,6 +44,9 @@ int main(int count, char **arguments) {
         return 1;
     }
     std::unique_ptr<omniad_runtime, Close> runtime(opened);
+    if (!succeeded(omniad_self_test(opened))) {
+        return 1;
+    }
     omniad_info info;
     if (!succeeded(omniad_get_info(opened, &info))) {
         return 1;

@@ -21,6 +21,7 @@ public:
     FusedRuntime(const Bundle &bundle, int device, const std::vector<int> &batches);
 
     const Plan &plan() const { return mGraph->plan(); }
+    const std::vector<int> &batches() const { return mGraph->batches(); }
     CudaDevice device() const { return mContext.device(); }
     CudaStream stream() const { return mGraph->stream(); }
     void run(int images, const uint8_t *pixels, float *anomalyMap, float *predScore);

@@ -7,9 +7,15 @@
 
 #include "error.h"
 #include "fused.h"
+#include "self_test.h"
 
 struct omniad_runtime {
+    omniad_runtime(const omniad::Bundle &bundle, int device, const std::vector<int> &batches)
+        : fused(bundle, device, batches),
+          selfTest(bundle.has(omniad::kSELF_TEST) ? bundle.part(omniad::kSELF_TEST) : "") {}
+
     omniad::FusedRuntime fused;
+    std::string selfTest;
 };
 
 namespace {
@@ -79,7 +85,7 @@ omniad_status omniad_open(const char *path, int device, const int *batches, int 
         expectGiven("runtime", runtime);
         *runtime = nullptr;
         expectGiven("path", path);
-        *runtime = new omniad_runtime{{omniad::Bundle(path), device, listed("batches", batches, count)}};
+        *runtime = new omniad_runtime(omniad::Bundle(path), device, listed("batches", batches, count));
     });
 }
 
@@ -94,12 +100,22 @@ omniad_status omniad_open_parts(const omniad_part *parts, int part_count, int de
             expectGiven("content of a part", part.content);
             given[part.name] = {static_cast<const char *>(part.content), part.bytes};
         }
-        *runtime = new omniad_runtime{{omniad::Bundle(given), device, listed("batches", batches, count)}};
+        *runtime = new omniad_runtime(omniad::Bundle(given), device, listed("batches", batches, count));
     });
 }
 
 omniad_status omniad_close(omniad_runtime *runtime) {
     return guarded([&] { delete runtime; });
+}
+
+omniad_status omniad_self_test(omniad_runtime *runtime) {
+    return guarded([&] {
+        expectGiven("runtime", runtime);
+        if (runtime->selfTest.empty()) {
+            throw omniad::bundleError("the bundle has no ", omniad::kSELF_TEST, "; export it again");
+        }
+        omniad::checkSelfTest(runtime->fused, runtime->selfTest);
+    });
 }
 
 omniad_status omniad_get_info(const omniad_runtime *runtime, omniad_info *info) {

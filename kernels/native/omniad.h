@@ -85,20 +85,23 @@ OMNIAD_API omniad_status omniad_get_architecture(int device, int *architecture);
 /* Everything that takes time or memory: reads and checks the bundle, loads its kernels and weights, captures the
  * launches in a CUDA graph for each of `count` batch sizes. On failure *runtime is NULL.
  * device: an ordinal of the CUDA driver, whose primary context is used, or OMNIAD_CALLERS_DEVICE
- * batches: how many images a run may have, each 1 to 64; they share weights and memory: that of the largest
- * The bundle's self-test images are not computed: fused/self_test.npz is compressed, which nothing here reads.
- * The Python engine does it with `omniad_run_frames`, whose results it compares with the maps in that file. */
+ * batches: how many images a run may have, each 1 to 64; they share weights and memory: that of the largest */
 OMNIAD_API omniad_status omniad_open(const char *path, int device, const int *batches, int count,
                                      omniad_runtime **runtime);
 
 /* The same of a bundle that the caller has read and checked; its parts may go afterwards. Needed are
- * fused/plan.json, fused/sm_XX.bin and .json of this GPU, and weights.onnx. */
+ * fused/plan.json, fused/sm_XX.bin and .json of this GPU, and weights.onnx; for `omniad_self_test` that too. */
 OMNIAD_API omniad_status omniad_open_parts(const omniad_part *parts, int part_count, int device,
                                            const int *batches, int count, omniad_runtime **runtime);
 
 /* Frees everything; NULL is allowed. No other thread may be using it, nor a graph that captured `omniad_enqueue`.
  */
 OMNIAD_API omniad_status omniad_close(omniad_runtime *runtime);
+
+/* Computes the bundle's few self-test images with each batch size. OMNIAD_ENGINE_ERROR: a map or score is not the
+ * trained network's, so that nothing should be inspected on this machine; call it once before the first frame.
+ * OMNIAD_BUNDLE_ERROR: the bundle has no such images, or not as omniad-export writes them. */
+OMNIAD_API omniad_status omniad_self_test(omniad_runtime *runtime);
 
 OMNIAD_API omniad_status omniad_get_info(const omniad_runtime *runtime, omniad_info *info);
 
