@@ -77,14 +77,10 @@ def self_test(reference: Predictions) -> bytes:
     of the scores of all, or 0."""
     pixels, anomaly_maps = reference.images.pixels, reference.anomaly_maps
     chosen = np.unique(np.linspace(0, len(pixels) - 1, SELF_TEST_IMAGES).astype(int))
-    return self_test_message(pixels[chosen], anomaly_maps[chosen], score_deviation(reference) or 0.0)
-
-
-def self_test_message(pixels: np.ndarray, anomaly_maps: np.ndarray, deviation: float) -> bytes:
     return weights_message(
         {
-            "pixels": pixels.astype(np.float16),  # which has 0 to 255, and our readers know no integers
-            "anomaly_map": anomaly_maps.astype(np.float32),
-            "score_deviation": np.array(deviation, np.float32),
+            "pixels": pixels[chosen].astype(np.float16),  # exact, and our readers know no integers
+            "anomaly_map": anomaly_maps[chosen].astype(np.float32),
+            "score_deviation": np.array(score_deviation(reference) or 0.0, np.float32),
         }
     )
