@@ -11,8 +11,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from bundles import manifest
 from fake_cuda import FakeCuda
-from test_bundle import manifest
 
 from omniad_edge.bundle import Bundle, read_bundle, write_bundle
 from omniad_edge.cuda_graph import CudaGraphPlan
