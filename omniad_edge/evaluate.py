@@ -3,6 +3,7 @@
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +19,7 @@ from .metrics import ProductMetrics, evaluate_maps
 from .progress import counting
 from .report import Case, ProductScores, choose_cases, write_report
 from .result import Result, decide
-
-# pixels (N, H, W, 3) uint8 RGB -> anomaly_map (N, H, W) and pred_score (N,), float32
-Predict = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
+from .tiles import Predict
 
 
 @dataclass(frozen=True)
@@ -116,11 +115,13 @@ def first_calibrations(predictions: Predictions, data: Path, holdout: list[str])
 
 @dataclass(frozen=True)
 class Model:
-    """A trained run or a bundle, ready to predict. facts: what reports say of it."""
+    """A trained run or a bundle, ready to predict.
+
+    size: rows and columns of the images it takes; facts: what reports say of it
+    """
 
     predict: Predict
-    height: int
-    width: int
+    size: tuple[int, int]
     calibrations: dict[str, Calibration]
     facts: dict[str, str]
 
@@ -134,16 +135,18 @@ def open_model(path: Path, data: Path) -> Model:
         bundle = read_bundle(path)
         engine = open_engine(bundle)
         facts = bundle.manifest["model"] | {"engine": engine.reason}
-        return Model(engine.run, bundle.height, bundle.width, bundle.products, words(facts))
+        return Model(engine.run, bundle.tiling.size, bundle.products, words(facts))
     from .weights import load_run
 
     network, facts = load_run(path)
     config, trained_from = network.config, Path(facts["data"])
+    tiling = config.tiling
+    predict = partial(tiling.predict, network.predict)
     data = trained_from if trained_from.is_dir() else data
-    images = load_images(held_out_samples(data, facts["holdout"]), config.height, config.width)
-    calibrations = first_calibrations(predict_images(network.predict, images), data, facts["holdout"])
+    images = load_images(held_out_samples(data, facts["holdout"]), *tiling.size)
+    calibrations = first_calibrations(predict_images(predict, images), data, facts["holdout"])
     facts = config.to_dict() | {"backbone_weights": facts["backbone"], "engine": "torch in fp32"}
-    return Model(network.predict, config.height, config.width, calibrations, words(facts))
+    return Model(predict, tiling.size, calibrations, words(facts))
 
 
 def words(facts: dict) -> dict[str, str]:
@@ -187,7 +190,7 @@ def evaluate_model(path: Path, data: Path, published: bool = False) -> Evaluatio
     if not samples:
         raise DataError(f"{data}: expected test images (PRODUCT/test/KIND/*), there are none")
     with counting("inspecting", len(samples)) as progress:
-        images = load_images(samples, model.height, model.width)
+        images = load_images(samples, *model.size)
         predictions = predict_images(model.predict, images, progress=progress)
     form = "published grids" if published else "exact"
     facts = {"data": str(data), "pixel F1-max and AUPRO": form} | model.facts
@@ -252,7 +255,7 @@ def calibrate_bundle(
         )
     engine = open_engine(contents)
     with counting("inspecting", len(unseen)) as progress:
-        images = load_images(unseen, contents.height, contents.width)
+        images = load_images(unseen, *contents.tiling.size)
         predictions = predict_images(engine.run, images, progress=progress)
     calibrations = calibrate_products(predictions, max_false_reject, confidence)
     set_thresholds(bundle, calibrations, f"calibrated with {engine.backend} in {engine.precision}")
