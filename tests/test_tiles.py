@@ -198,9 +198,7 @@ def tiled(data) -> TiledRun:
     known = facts(data, 0.25) | {"model": TILED.to_dict()}
     save_checkpoint(run.folder / "model.safetensors", OmniAD(TILED), known)
     with pytest.MonkeyPatch.context() as monkeypatch:
-        monkeypatch.setattr(
-            bundle_export, "candidates", lambda parts: islice(candidates(parts), 1)
-        )  # not OpenVINO
+        monkeypatch.setattr(bundle_export, "candidates", lambda parts: islice(candidates(parts), 1))
         export_bundle(run.folder, run.bundle)
     return run
 
