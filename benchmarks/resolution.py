@@ -38,7 +38,7 @@ from omniad_edge.model import PRESETS, ModelConfig, OmniAD
 from omniad_edge.train import LEARNING_RATE, LR_DROP, LR_DROP_AT, Trainer
 from omniad_edge.weights import load_backbone
 
-CASES = ((128, None), (256, None), (128, 224), (128, 256), (256, 512))  # input size, size seen in tiles
+CASES = ((128, None), (256, None), (128, 256), (256, 512))  # input size, size seen in tiles
 JUDGED_PX = 512
 ROUNDS = 15  # of timing, after one that warms up
 SEED = 42

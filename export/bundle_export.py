@@ -13,7 +13,7 @@ from ..calibration import Calibration
 from ..data import Images, Sample, find_samples, load_images
 from ..engine import OnnxRuntimeEngine, OpenVinoEngine, cpu_has_bf16
 from ..errors import ExportError, MissingDependencyError
-from ..evaluate import Predictions, first_calibrations, held_out_samples, predict_images
+from ..evaluate import Predictions, check_maps_fit, first_calibrations, held_out_samples, predict_images
 from ..kernels.fold import fold
 from ..model import OmniAD
 from ..self_test import SELF_TEST
@@ -65,6 +65,7 @@ def export_bundle(
     model, facts = load_run(run)
     config, data = model.config, Path(data or facts["data"])
     good, test = held_out_samples(data, facts["holdout"]), test_samples(data)
+    check_maps_fit(len(good + test), config.tiling.size, maps=3)  # trained network, default engine, one more
     images = load_images(good + test, *config.tiling.size)
     network = fold(model)
     cpu, weights = build_graph(network, half=False, half_weights=fp16)

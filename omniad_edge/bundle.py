@@ -23,7 +23,7 @@ from reprlib import repr as short
 from .calibration import Calibration
 from .errors import BundleError, InputError
 from .files import atomic_write
-from .tiles import MAX_SIDE_PX, OVERLAP, Tiling
+from .tiles import MAX_SIDE_PX, OVERLAP_PX, Tiling
 
 FORMAT = "omniad-bundle"
 SCHEMA = 1
@@ -116,7 +116,7 @@ def describe_input(tiling: Tiling) -> dict:
     entry = {"height": tiling.height, "width": tiling.width, **FIXED_INPUT}
     if tiling.count == 1:
         return entry
-    tiles = {"rows": tiling.rows, "columns": tiling.columns, "overlap": OVERLAP}
+    tiles = {"rows": tiling.rows, "columns": tiling.columns, "overlap_px": OVERLAP_PX}
     return entry | {"resize": TILED_RESIZE, "tiles": tiles}
 
 
@@ -384,7 +384,8 @@ def _check_tiles(tiles: object, entry: dict) -> None:
     for key, least in (("rows", entry["height"]), ("columns", entry["width"])):
         valid = type(tiles.get(key)) is int and least <= tiles[key] <= MAX_SIDE_PX
         _expect(valid, f"input tiles {key} must be a whole number from {least} to {MAX_SIDE_PX}", tiles.get(key))
-    _expect(tiles.get("overlap") == OVERLAP, f"input tiles overlap must be {OVERLAP}", tiles.get("overlap"))
+    shared = tiles.get("overlap_px")
+    _expect(shared == OVERLAP_PX, f"input tiles overlap_px must be {OVERLAP_PX}", shared)
 
 
 def _check_products(entries: dict) -> None:

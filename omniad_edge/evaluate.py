@@ -20,6 +20,7 @@ from .progress import counting
 from .report import Case, ProductScores, choose_cases, write_report
 from .result import Result, decide
 from .tiles import Predict
+from .training_images import check_memory
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,13 @@ def predict_images(
         if progress:
             progress(min(start + batch, count))
     return Predictions(images, anomaly_maps, pred_scores)
+
+
+def check_maps_fit(count: int, size: tuple[int, int], maps: int = 1) -> None:
+    """DataError if so many images of this size, each with so many maps and a mask, would take too much memory."""
+    rows, columns = size
+    needed_bytes = count * rows * columns * (3 + 4 * maps + 1)
+    check_memory(f"{count} images of {rows} x {columns} and their maps", needed_bytes, error=DataError)
 
 
 def evaluate(predictions: Predictions, published: bool = False) -> list[ProductMetrics]:
@@ -189,6 +197,7 @@ def evaluate_model(path: Path, data: Path, published: bool = False) -> Evaluatio
     samples = find_samples(data, "test")
     if not samples:
         raise DataError(f"{data}: expected test images (PRODUCT/test/KIND/*), there are none")
+    check_maps_fit(len(samples), model.size)
     with counting("inspecting", len(samples)) as progress:
         images = load_images(samples, *model.size)
         predictions = predict_images(model.predict, images, progress=progress)
@@ -254,6 +263,7 @@ def calibrate_bundle(
             "with; bring good images the model has not seen"
         )
     engine = open_engine(contents)
+    check_maps_fit(len(unseen), contents.tiling.size)
     with counting("inspecting", len(unseen)) as progress:
         images = load_images(unseen, *contents.tiling.size)
         predictions = predict_images(engine.run, images, progress=progress)

@@ -3,9 +3,11 @@
 A frame is resized to rows x columns and seen in tiles of height x width; a frame that is seen whole is one tile.
 Training, calibration and the line cut by this one definition, which a checkpoint and a bundle carry.
 
-Near a tile's border the map is of less worth: the network pads with zeros there, and smoothing mirrors (within 16
-pixels). In merging, each tile therefore counts nothing along its border, and then gradually more, up to where its
-neighbour's border begins. Along the image's own border there is no other tile, and it counts fully.
+Near a tile's border the map is of less worth: the network pads with zeros, and smoothing mirrors within 16 pixels.
+A tile's features are off from those of the whole image by a cosine distance of 0.29 in the outer 16 pixels, 0.14 in
+the next 16, then 0.05 and 0.01, whatever the tile's size (screws, ResNet18 at stride 16). In merging, a tile
+therefore counts nothing along its border, and then gradually more, up to where its neighbour's border begins. Along
+the image's own border there is no other tile, and it counts fully.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,8 +16,8 @@ from functools import lru_cache
 
 import numpy as np
 
-OVERLAP = 0.25  # of a tile's side: what it shares with its neighbour, at least
-MARGIN = 0.25  # of the overlap: what of a tile counts nothing where a neighbour has it too
+OVERLAP_PX = 64  # that neighbours share, at least; of tiles under 128 half a tile
+MARGIN = 1 / 4  # of the overlap: this border counts nothing where a neighbour has it too
 MAX_SIDE_PX = 16384  # of an image
 AT_ONCE = 8  # tiles per call of an engine, for which those on a GPU have a graph; bounds memory on a CPU
 
@@ -100,7 +102,7 @@ def starts(total: int, tile: int) -> list[int]:
 
 
 def overlap(tile: int) -> int:
-    return int(OVERLAP * tile)
+    return min(OVERLAP_PX, tile // 2)
 
 
 @lru_cache(maxsize=64)
