@@ -20,7 +20,7 @@ READ_S = 1.0  # that `stream` waits for a frame at a time
 
 
 class Detector:
-    """Gives verdicts on frames with the engine and the thresholds of a bundle.
+    """Gives verdicts on frames, seen whole or in tiles, with the engine and the thresholds of a bundle.
 
     bundle:    path of a `.omniad` file
     backend:   "fused" or "tensorrt" (an NVIDIA GPU), "onnxruntime", "openvino" or "auto"; `reason` says why auto
