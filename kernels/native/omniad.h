@@ -86,6 +86,7 @@ OMNIAD_API omniad_status omniad_get_architecture(int device, int *architecture);
  * launches in a CUDA graph for each of `count` batch sizes. On failure *runtime is NULL.
  * device: an ordinal of the CUDA driver, whose primary context is used, or OMNIAD_CALLERS_DEVICE
  * batches: how many images a run may have, each 1 to 64; they share weights and memory: that of the largest
+ * A bundle whose images are cut into tiles is refused; see `--tiles` in README.md.
  * The bundle's self-test images are not computed: fused/self_test.npz is compressed, which nothing here reads.
  * The Python engine does it with `omniad_run_frames`, whose results it compares with the maps in that file. */
 OMNIAD_API omniad_status omniad_open(const char *path, int device, const int *batches, int count,
