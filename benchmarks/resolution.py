@@ -1,6 +1,6 @@
 """What resolution buys and costs: detection and time a frame, whole and in tiles, on a data set with test images.
 
-    python benchmarks/resolution.py --data DATA --json resolution.json     at most ten minutes on two cores
+    python benchmarks/resolution.py --data DATA --json resolution.json
 
 Each case is a small network on the procedural backbone, trained for the same number of steps on as many images a
 step: enough to compare cases, not to judge what the method finds. Pixels are judged at one size for all, 512x512,
@@ -128,7 +128,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="data set with good and defective test images")
     parser.add_argument("--json", type=Path, help="write everything to this file")
-    parser.add_argument("--steps", type=int, default=120, help="of training each case (default: 120)")
+    parser.add_argument("--steps", type=int, default=100, help="of training each case (default: 100)")
     parser.add_argument("--batch", type=int, default=8, help="images or tiles a step (default: 8)")
     args = parser.parse_args(argv)
     report = {"schema": 1, "machine": facts(), "load_before": load_average(), "preset": "small"}

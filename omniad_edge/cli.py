@@ -64,8 +64,8 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument(
         "--tiles",
         type=image_size,
-        help="resize frames to this larger size, seen in overlapping tiles of the input size: for small defects. A "
-        "frame, and an epoch, takes as many times longer as there are tiles: 9 for twice the side",
+        help="for small defects: resize frames to this larger size, seen in overlapping tiles of the input size. "
+        "A frame, and an epoch, takes as many times longer as there are tiles: 9 for twice the side",
     )
     sub.add_argument(
         "--backbone-weights",
