@@ -38,7 +38,7 @@ from peer_runs import Peers
 from omniad_edge.cli import PRESETS, image_size
 from omniad_edge.data import Sample, find_samples
 from omniad_edge.engine import Engine
-from omniad_edge.errors import DataError, OmniADError
+from omniad_edge.errors import DataError, InputError, OmniADError
 from omniad_edge.files import atomic_write
 from omniad_edge.metrics import METRICS, mean_metrics
 from omniad_edge.model import PRESETS as CONFIGS
@@ -157,6 +157,8 @@ def trained(args: argparse.Namespace, seed: int) -> Path:
 def measure_run(path: Path, args: argparse.Namespace, samples: list[Sample], first: bool) -> dict:
     """All that is measured of one trained network; peers and times with the first only."""
     network, run_facts = load_run(path)
+    if network.config.tiles:
+        raise InputError(f"{path}: its images are seen in tiles, not measured here; use `omniad evaluate`")
     training = training_samples(args.data, run_facts, samples)
     with tempfile.TemporaryDirectory() as scratch:
         bundle, peers = args.bundle or Path(scratch, "line.omniad"), None

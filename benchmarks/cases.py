@@ -15,7 +15,7 @@ import numpy as np
 from process import memory_mib
 
 from omniad_edge import Detector
-from omniad_edge.engine import OnnxRuntimeEngine, OpenVinoEngine
+from omniad_edge.engine import OnnxRuntimeEngine, OpenVinoEngine, TiledEngine
 
 FRAME_SHAPE = (1080, 1920, 3)
 
@@ -42,10 +42,11 @@ class Case:
 
 
 def open_case(case: Case, threads: int) -> tuple[Run, Detector | None]:
-    """What runs the case; and the Detector, where its file is a bundle."""
+    """What runs the case's network, of a bundle with tiles on one of them; and a bundle's Detector."""
     if case.file.suffix == ".omniad":
         detector = Detector(case.file, case.backend, case.precision, threads)
-        return detector.engine.run, detector
+        engine = detector.engine
+        return (engine.engine if isinstance(engine, TiledEngine) else engine).run, detector
     if case.backend == "torch":
         return torch_eager(case.file, threads), None
     model = case.file.read_bytes()

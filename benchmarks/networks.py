@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from omniad_edge.anomaly_map import SCALE, SIGMA_PX, TRUNCATE
-from omniad_edge.bundle import FIXED_INPUT, write_bundle
+from omniad_edge.bundle import describe_input, write_bundle
 from omniad_edge.calibration import calibrate
 from omniad_edge.engine import OnnxRuntimeEngine
 from omniad_edge.export.onnx_graph import OPSET, build_graph, weights_message
@@ -64,7 +64,7 @@ def write_seeded_bundle(path: Path, model: OmniAD, fp16: bool) -> None:
         "versions": {},
         "model": config.to_dict(),
         "precision": "fp16" if fp16 else "fp32",
-        "input": {"height": config.height, "width": config.width, **FIXED_INPUT},
+        "input": describe_input(config.tiling),
         "outputs": ["anomaly_map", "pred_score"],
         "products": {"seeded": calibrate([threshold], float(np.median(anomaly_map))).to_dict()},
         # Without an entry bf16 is refused at run time; nobody inspects parts with this bundle.

@@ -4,15 +4,16 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 
-from ..bundle import FIXED_INPUT, write_bundle
+from ..bundle import describe_input, write_bundle
 from ..calibration import Calibration
 from ..data import Images, Sample, find_samples, load_images
 from ..engine import OnnxRuntimeEngine, OpenVinoEngine, cpu_has_bf16
 from ..errors import ExportError, MissingDependencyError
-from ..evaluate import Predictions, first_calibrations, held_out_samples, predict_images
+from ..evaluate import Predictions, check_maps_fit, first_calibrations, held_out_samples, predict_images
 from ..kernels.fold import fold
 from ..model import OmniAD
 from ..self_test import SELF_TEST
@@ -64,7 +65,8 @@ def export_bundle(
     model, facts = load_run(run)
     config, data = model.config, Path(data or facts["data"])
     good, test = held_out_samples(data, facts["holdout"]), test_samples(data)
-    images = load_images(good + test, config.height, config.width)
+    check_maps_fit(len(good + test), config.tiling.size, maps=3)  # trained network, default engine, one more
+    images = load_images(good + test, *config.tiling.size)
     network = fold(model)
     cpu, weights = build_graph(network, half=False, half_weights=fp16)
     parts = {"graphs/cpu.onnx": cpu, "weights.onnx": weights_message(weights)}
@@ -72,7 +74,7 @@ def export_bundle(
         parts["graphs/fp16.onnx"], _ = build_graph(network, half=True, half_weights=True)
     engines, reference, predictions = pass_gate(model, images, parts, report)
     if fp16:
-        parts[SELF_TEST] = self_test(reference)
+        parts[SELF_TEST] = self_test(reference, model)
     if targets:
         parts |= fused_parts(network, targets, progress)
     calibrations = first_calibrations(good_only(first(predictions, len(good))), data, facts["holdout"])
@@ -81,7 +83,7 @@ def export_bundle(
         "versions": versions(),
         "model": config.to_dict() | {"backbone_weights": facts["backbone"]},
         "precision": "fp16" if fp16 else "fp32",
-        "input": {"height": config.height, "width": config.width, **FIXED_INPUT},
+        "input": describe_input(config.tiling),
         "outputs": ["anomaly_map", "pred_score"],
         "products": {product: calibration.to_dict() for product, calibration in calibrations.items()},
         "parity": {"engines": engines},
@@ -112,10 +114,11 @@ def pass_gate(
     model: OmniAD, images: Images, parts: dict[str, bytes], report: Callable[[str, dict], None] | None
 ) -> tuple[dict[str, dict], Predictions, Predictions]:
     """Reports of all engines; the predictions of the trained network and of the default engine, ONNX Runtime."""
-    reference = predict_images(model.predict, images)
+    tiling = model.config.tiling
+    reference = predict_images(partial(tiling.predict, model.predict), images)
     reports, failures, default = {}, [], None
     for name, precision, predict in candidates(parts):
-        predictions = predict_images(predict, images)
+        predictions = predict_images(partial(tiling.predict, predict), images)
         default = default or predictions
         reports[name] = compare(reference, predictions, precision)
         if report:

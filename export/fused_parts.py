@@ -14,6 +14,7 @@ from ..evaluate import Predictions
 from ..fused import PLAN
 from ..kernels.fold import Network
 from ..kernels.plan import Kernel, Plan
+from ..model import OmniAD
 from ..versions import versions
 from .cubins import check_targets, compile_plan
 from .onnx_graph import weights_message
@@ -72,15 +73,17 @@ def compile_plans(plans: Iterable[Plan], arch: int) -> dict[str, Kernel]:
     return kernels
 
 
-def self_test(reference: Predictions) -> bytes:
-    """A few of the images that the gate saw, spread over them, with the trained network's maps; and the deviation
-    of the scores of all, or 0."""
-    pixels, anomaly_maps = reference.images.pixels, reference.anomaly_maps
-    chosen = np.unique(np.linspace(0, len(pixels) - 1, SELF_TEST_IMAGES).astype(int))
+def self_test(reference: Predictions, model: OmniAD) -> bytes:
+    """Some of what the network saw in the gate, images or their tiles, with the trained network's maps; and the
+    deviation of all images' scores, or 0."""
+    tiling = model.config.tiling
+    count = len(reference.images.samples) * tiling.count
+    chosen = np.unique(np.linspace(0, count - 1, SELF_TEST_IMAGES).astype(int))
+    pixels = tiling.pick(reference.images.pixels, chosen)
     return weights_message(
         {
-            "pixels": pixels[chosen].astype(np.float16),  # exact, and our readers know no integers
-            "anomaly_map": anomaly_maps[chosen].astype(np.float32),
+            "pixels": pixels.astype(np.float16),  # exact, and our readers know no integers
+            "anomaly_map": model.predict(pixels)[0].astype(np.float32),
             "score_deviation": np.array(score_deviation(reference) or 0.0, np.float32),
         }
     )

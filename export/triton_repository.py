@@ -102,6 +102,11 @@ def write_triton_repository(
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise ExportError(f"{out}: expected a new or an empty folder, but it holds something; choose another")
     contents = read_bundle(bundle)
+    if contents.tiling.count > 1:
+        raise ExportError(
+            f"{bundle}: its frames are seen as {contents.tiling}; a model repository cuts no tiles. Inspect with "
+            "Detector or `omniad run`, or train without --tiles"
+        )
     network = build_server_plan(contents, BATCH) if tensorrt else network_file(contents, gpu, plan)
     name = "omniad_" + re.sub("[^A-Za-z0-9_]", "_", bundle.stem)
     facts = BUILT_PLAN if tensorrt else PLAN if plan else ON_GPU if gpu else ON_CPU

@@ -23,6 +23,7 @@ from reprlib import repr as short
 from .calibration import Calibration
 from .errors import BundleError, InputError
 from .files import atomic_write
+from .tiles import MAX_SIDE_PX, OVERLAP_PX, Tiling
 
 FORMAT = "omniad-bundle"
 SCHEMA = 1
@@ -57,6 +58,8 @@ KINDS = {
 }
 JSON_KIND = {str: "a string", dict: "an object", list: "a list"}
 FIXED_INPUT = {"layout": "NHWC", "dtype": "uint8", "colour": "RGB", "resize": "area-halved pillow-bilinear"}
+# Of a bundle with input.tiles. Another value than above: a version that does not know tiles refuses it.
+TILED_RESIZE = "area-halved pillow-bilinear, then cut into tiles"
 HISTORY_KEYS = ("time", "action", "product", "old_threshold", "new_threshold")
 OUTPUTS = ["anomaly_map", "pred_score"]
 
@@ -77,6 +80,12 @@ class Bundle:
     def width(self) -> int:
         """Input width in pixels."""
         return self.manifest["input"]["width"]
+
+    @property
+    def tiling(self) -> Tiling:
+        """How a frame is seen."""
+        tiles = self.manifest["input"].get("tiles") or {"rows": self.height, "columns": self.width}
+        return Tiling(tiles["rows"], tiles["columns"], self.height, self.width)
 
     @property
     def precision(self) -> str:
@@ -100,6 +109,15 @@ class Bundle:
             if part not in self.parts:
                 raise InputError(f"this bundle has no part {part!r}; it has: {', '.join(sorted(self.parts))}")
         return self.parts[name] + self.parts[WEIGHTS]
+
+
+def describe_input(tiling: Tiling) -> dict:
+    """The manifest's entry on the network's input, and on how it is made of a frame."""
+    entry = {"height": tiling.height, "width": tiling.width, **FIXED_INPUT}
+    if tiling.count == 1:
+        return entry
+    tiles = {"rows": tiling.rows, "columns": tiling.columns, "overlap_px": OVERLAP_PX}
+    return entry | {"resize": TILED_RESIZE, "tiles": tiles}
 
 
 def write_bundle(path: str | Path, manifest: dict, parts: dict[str, bytes]) -> None:
@@ -353,8 +371,21 @@ def _check_input(entry: dict) -> None:
         size = entry.get(key)
         valid = type(size) is int and 32 <= size <= 4096 and size % 32 == 0
         _expect(valid, f"input {key} must be a multiple of 32 from 32 to 4096", size)
-    for key, value in FIXED_INPUT.items():
+    tiled = {"resize": TILED_RESIZE} if "tiles" in entry else {}
+    for key, value in (FIXED_INPUT | tiled).items():
         _expect(entry.get(key) == value, f"input {key} must be {value}", entry.get(key))
+
+    if tiled:
+        _check_tiles(entry["tiles"], entry)
+
+
+def _check_tiles(tiles: object, entry: dict) -> None:
+    _expect(isinstance(tiles, dict), "input tiles must be an object", tiles)
+    for key, least in (("rows", entry["height"]), ("columns", entry["width"])):
+        valid = type(tiles.get(key)) is int and least <= tiles[key] <= MAX_SIDE_PX
+        _expect(valid, f"input tiles {key} must be a whole number from {least} to {MAX_SIDE_PX}", tiles.get(key))
+    shared = tiles.get("overlap_px")
+    _expect(shared == OVERLAP_PX, f"input tiles overlap_px must be {OVERLAP_PX}", shared)
 
 
 def _check_products(entries: dict) -> None:

@@ -62,6 +62,12 @@ def parser() -> argparse.ArgumentParser:
     sub.add_argument("--preset", choices=PRESETS, default="base", help="size of the network")
     sub.add_argument("--size", type=image_size, help="input size in pixels, N or HxW, multiples of 32")
     sub.add_argument(
+        "--tiles",
+        type=image_size,
+        help="for small defects: resize frames to this larger size, seen in overlapping tiles of the input size. "
+        "A frame, and an epoch, takes as many times longer as there are tiles: 9 for twice the side",
+    )
+    sub.add_argument(
         "--backbone-weights",
         default="procedural",
         help="procedural (in the package), imagenet (downloaded once), a weights file, or none",
@@ -217,8 +223,8 @@ def train(options: argparse.Namespace) -> None:
     from .train import train
 
     config = model.PRESETS[options.preset]
-    if options.size:
-        config = replace(config, height=options.size[0], width=options.size[1])
+    height, width = options.size or (config.height, config.width)
+    config = replace(config, height=height, width=width, tiles=options.tiles)
     result = train(
         options.data,
         options.out,
@@ -386,7 +392,7 @@ def info(options: argparse.Namespace) -> None:
         print(json.dumps(manifest, indent=2))
         return
     print(f"{options.bundle}: schema {manifest['schema']}, made {manifest['created']}, {bundle.precision}")
-    print(f"input       {bundle.width} x {bundle.height}")
+    print(f"input       {bundle.tiling}")
     for title in ("model", "versions"):
         print(f"{title:<11} " + ", ".join(f"{name} {value}" for name, value in manifest[title].items()))
     for product, calibration in bundle.products.items():

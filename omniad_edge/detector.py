@@ -20,7 +20,7 @@ READ_S = 1.0  # that `stream` waits for a frame at a time
 
 
 class Detector:
-    """Gives verdicts on frames with the engine and the thresholds of a bundle.
+    """Gives verdicts on frames, seen whole or in tiles, with the engine and the thresholds of a bundle.
 
     bundle:    path of a `.omniad` file
     backend:   "fused" or "tensorrt" (an NVIDIA GPU), "onnxruntime", "openvino" or "auto"; `reason` says why auto
@@ -42,7 +42,8 @@ class Detector:
         engine: Engine | None = None,
     ) -> None:
         contents = read_bundle(bundle)
-        self.height, self.width = contents.height, contents.width
+        self.tiling = contents.tiling
+        self.height, self.width = self.tiling.size  # of an anomaly map
         self.calibrations = contents.products
         if engine is None:
             engine = open_engine(contents, backend, precision, threads)
@@ -73,7 +74,7 @@ class Detector:
 
         frames:  (H, W, 3) uint8 BGR of any size, as OpenCV gives it; a list gives a list of results. With the
                  fused backend also an array on its GPU, C-contiguous, of any library that has DLPack or
-                 __cuda_array_interface__ (PyTorch, CuPy, PyCUDA): read where it lies
+                 __cuda_array_interface__ (PyTorch, CuPy, PyCUDA): read where it lies; not if the bundle has tiles
         product: whose threshold applies. None: the only product of the bundle, or of several the one with the
                  lowest threshold, so that no defect passes because the product was not named; the result's
                  `product` names it and `product_assumed` is True.
@@ -154,4 +155,4 @@ class Detector:
 
     def __repr__(self) -> str:
         products = ", ".join(self.products)
-        return f"Detector({self.width}x{self.height}, {self.backend} {self.precision}, products: {products})"
+        return f"Detector({self.tiling}, {self.backend} {self.precision}, products: {products})"

@@ -308,7 +308,7 @@ def inspect_bundle(path: Path) -> Iterator[Finding]:
     try:
         bundle = read_bundle(path)
         products = ", ".join(bundle.products)
-        text = f"{path}: {bundle.width}x{bundle.height}, {bundle.precision}, products {products}"
+        text = f"{path}: {bundle.tiling}, {bundle.precision}, products {products}"
         yield Finding("bundle", "file", True, text)
         for name, against in engine_objections(bundle).items():
             yield Finding("bundle", name, not against, against or "can run it")

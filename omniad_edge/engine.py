@@ -15,6 +15,7 @@ from .errors import EngineError, InputError, MissingDependencyError
 from .gpu_choice import open_gpu_engine
 from .image import FrameArray, check_frame
 from .preprocess import resize
+from .tiles import Tiling
 
 BACKENDS = ("fused", "tensorrt", "onnxruntime", "openvino")
 PRECISIONS = ("fp16", "fp32", "bf16")
@@ -169,6 +170,27 @@ class OpenVinoEngine(CpuEngine):
         return anomaly_map, pred_score
 
 
+class TiledEngine(CpuEngine):
+    """Images in tiles, which another engine computes: one after the other, so N tiles take N times as long as one.
+
+    Frames are resized and cut, and maps merged, on the CPU whatever computes the tiles; so a frame that lies on a
+    GPU is refused. Each pass over an image takes its tiles in calls of up to eight.
+    """
+
+    def __init__(self, engine: Engine, tiling: Tiling, threads: int | None = None) -> None:
+        super().__init__(threads)
+        self.engine, self.tiling = engine, tiling
+        self.backend, self.precision, self.reason = engine.backend, engine.precision, engine.reason
+
+    @property
+    def input_size(self) -> tuple[int, int]:
+        return self.tiling.size
+
+    def run(self, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """pixels (N, rows, columns, 3) -> merged anomaly_map (N, rows, columns) and its maxima."""
+        return self.tiling.predict(self.engine.run, pixels)
+
+
 def split_at_distances(network):
     """An openvino.Model of our graph -> two: pixels to the distance maps, and these to the outputs.
 
@@ -199,6 +221,12 @@ def open_engine(
     Raises InputError for an unknown name, MissingDependencyError or EngineError where what was asked for is not
     to be had here; never takes something else instead.
     """
+    engine = open_network(bundle, backend, precision, threads)
+    return engine if bundle.tiling.count == 1 else TiledEngine(engine, bundle.tiling, threads)
+
+
+def open_network(bundle: Bundle, backend: str, precision: str, threads: int | None) -> Engine:
+    """What computes the bundle's network: a whole frame, or a tile of one."""
     if backend not in ("auto", *BACKENDS):
         raise InputError(f"backend: expected auto, {', '.join(BACKENDS)}; got {backend!r}")
     if precision not in ("auto", *PRECISIONS):

@@ -3,6 +3,7 @@
 import platform
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +19,8 @@ from .metrics import ProductMetrics, evaluate_maps
 from .progress import counting
 from .report import Case, ProductScores, choose_cases, write_report
 from .result import Result, decide
-
-# pixels (N, H, W, 3) uint8 RGB -> anomaly_map (N, H, W) and pred_score (N,), float32
-Predict = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
+from .tiles import Predict
+from .training_images import check_memory
 
 
 @dataclass(frozen=True)
@@ -57,6 +57,13 @@ def predict_images(
         if progress:
             progress(min(start + batch, count))
     return Predictions(images, anomaly_maps, pred_scores)
+
+
+def check_maps_fit(count: int, size: tuple[int, int], maps: int = 1) -> None:
+    """DataError if so many images of this size, each with so many maps and a mask, would take too much memory."""
+    rows, columns = size
+    needed_bytes = count * rows * columns * (3 + 4 * maps + 1)
+    check_memory(f"{count} images of {rows} x {columns} and their maps", needed_bytes, error=DataError)
 
 
 def evaluate(predictions: Predictions, published: bool = False) -> list[ProductMetrics]:
@@ -116,11 +123,13 @@ def first_calibrations(predictions: Predictions, data: Path, holdout: list[str])
 
 @dataclass(frozen=True)
 class Model:
-    """A trained run or a bundle, ready to predict. facts: what reports say of it."""
+    """A trained run or a bundle, ready to predict.
+
+    size: rows and columns of the images it takes; facts: what reports say of it
+    """
 
     predict: Predict
-    height: int
-    width: int
+    size: tuple[int, int]
     calibrations: dict[str, Calibration]
     facts: dict[str, str]
 
@@ -134,16 +143,18 @@ def open_model(path: Path, data: Path) -> Model:
         bundle = read_bundle(path)
         engine = open_engine(bundle)
         facts = bundle.manifest["model"] | {"engine": engine.reason}
-        return Model(engine.run, bundle.height, bundle.width, bundle.products, words(facts))
+        return Model(engine.run, bundle.tiling.size, bundle.products, words(facts))
     from .weights import load_run
 
     network, facts = load_run(path)
     config, trained_from = network.config, Path(facts["data"])
+    tiling = config.tiling
+    predict = partial(tiling.predict, network.predict)
     data = trained_from if trained_from.is_dir() else data
-    images = load_images(held_out_samples(data, facts["holdout"]), config.height, config.width)
-    calibrations = first_calibrations(predict_images(network.predict, images), data, facts["holdout"])
+    images = load_images(held_out_samples(data, facts["holdout"]), *tiling.size)
+    calibrations = first_calibrations(predict_images(predict, images), data, facts["holdout"])
     facts = config.to_dict() | {"backbone_weights": facts["backbone"], "engine": "torch in fp32"}
-    return Model(network.predict, config.height, config.width, calibrations, words(facts))
+    return Model(predict, tiling.size, calibrations, words(facts))
 
 
 def words(facts: dict) -> dict[str, str]:
@@ -186,8 +197,9 @@ def evaluate_model(path: Path, data: Path, published: bool = False) -> Evaluatio
     samples = find_samples(data, "test")
     if not samples:
         raise DataError(f"{data}: expected test images (PRODUCT/test/KIND/*), there are none")
+    check_maps_fit(len(samples), model.size)
     with counting("inspecting", len(samples)) as progress:
-        images = load_images(samples, model.height, model.width)
+        images = load_images(samples, *model.size)
         predictions = predict_images(model.predict, images, progress=progress)
     form = "published grids" if published else "exact"
     facts = {"data": str(data), "pixel F1-max and AUPRO": form} | model.facts
@@ -251,8 +263,9 @@ def calibrate_bundle(
             "with; bring good images the model has not seen"
         )
     engine = open_engine(contents)
+    check_maps_fit(len(unseen), contents.tiling.size)
     with counting("inspecting", len(unseen)) as progress:
-        images = load_images(unseen, contents.height, contents.width)
+        images = load_images(unseen, *contents.tiling.size)
         predictions = predict_images(engine.run, images, progress=progress)
     calibrations = calibrate_products(predictions, max_false_reject, confidence)
     set_thresholds(bundle, calibrations, f"calibrated with {engine.backend} in {engine.precision}")

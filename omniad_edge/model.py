@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from .anomaly_map import anomaly_map
 from .backbone import ARCHITECTURES, Bottleneck, ResNet
 from .errors import InputError
+from .tiles import MAX_SIDE_PX, Tiling
 
 HEADS = 8
 STRIDE = 32  # of the neck's output: sizes are multiples of it
@@ -40,6 +41,8 @@ class ModelConfig:
     branches:         which branches an Omni-block has (Table IV)
     tokens:           learnable tokens per step, a square number
     height, width:    input size, multiples of 32 from 64 on
+    tiles:            rows and columns that a frame is resized to, to be seen in tiles of the input size; None: a
+                      frame is resized to the input size itself
     """
 
     backbone: str = "resnet34"
@@ -50,9 +53,11 @@ class ModelConfig:
     tokens: int = 64
     height: int = 256
     width: int = 256
+    tiles: tuple[int, int] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "depths", tuple(self.depths))
+        object.__setattr__(self, "tiles", self.tiles and tuple(self.tiles))
         for name, choices in (
             ("backbone", tuple(ARCHITECTURES)),
             ("attention", ATTENTIONS),
@@ -70,9 +75,28 @@ class ModelConfig:
                 f"input size: height and width must be multiples of {STRIDE} from {2 * STRIDE} on; "
                 f"got {self.height} x {self.width}"
             )
+        if self.tiles is not None:
+            check_tiles(self.tiles, self.height, self.width)
+
+    @property
+    def tiling(self) -> Tiling:
+        """How a frame is seen."""
+        return Tiling(*(self.tiles or (self.height, self.width)), self.height, self.width)
 
     def to_dict(self) -> dict:
-        return asdict(self) | {"depths": list(self.depths)}
+        """JSON-safe; without `tiles` where there are none, as older checkpoints are."""
+        lists = {"depths": list(self.depths)} | ({"tiles": list(self.tiles)} if self.tiles else {})
+        return {name: value for name, value in (asdict(self) | lists).items() if value is not None}
+
+
+def check_tiles(tiles: tuple[int, int], height: int, width: int) -> None:
+    rows, columns = tiles
+    larger = height <= rows <= MAX_SIDE_PX and width <= columns <= MAX_SIDE_PX
+    if not larger or (rows, columns) == (height, width):
+        raise InputError(
+            f"tiles: expected the size of a larger image than the input's {height} x {width}, no side above "
+            f"{MAX_SIDE_PX}; got {rows} x {columns}"
+        )
 
 
 PRESETS = {

@@ -40,7 +40,7 @@ class Result:
     pred_score:   maximum of the anomaly map; raw, never clamped or rescaled
     threshold:    of `product`, in the same unit
     product:      whose threshold was used; `product_assumed` if the caller did not name it
-    anomaly_map:  (H, W) float32 at the network's input size, >= 0
+    anomaly_map:  (H, W) float32, >= 0, of the size that a frame is resized to
     pred_mask:    (H, W) bool, anomaly_map > threshold
     regions:      connected areas of the mask in frame pixels, highest peak first, at most 100
     speed_ms:     milliseconds: preprocess, engine (its share of the batch), postprocess, total; with the fused

@@ -71,9 +71,11 @@ def train(
 ) -> TrainingResult:
     """Train one network on the good images of every product in `data`; the files in `out` are RunFolder's.
 
+    config: where it has `tiles`, every tile of an image is trained on as an image of its own; an image is held out
+        with all its tiles.
     epochs: 500 in the paper for MVTec AD and VisA, 100 for Real-IAD.
     backbone_weights: "procedural", "imagenet", a file, or "none" (see load_backbone).
-    batch_size: images per step and process. An incomplete last batch is left out, as the published loader
+    batch_size: images or tiles per step and process. An incomplete last batch is left out, as the published loader
         does; where there are fewer images than a batch, all of them are the batch.
     holdout: part of each product's images that is never trained on, at least one of two; 0 for none.
     validate_every: epochs between measurements of the loss on held-out images; 0: after the last only. The
@@ -112,15 +114,14 @@ def train(
         model = OmniAD(config)
         if world.rank == 0:  # the others get its weights, and write nothing
             backbone = load_backbone(model.teacher, config.backbone, backbone_weights)
-        images = load_good_images(
-            settings["data"], config.height, config.width, on_broken, world.local_size, shown
-        )
+        images = load_good_images(settings["data"], *config.tiling.size, on_broken, world.local_size, shown)
         training, held_out = split_holdout(images.samples, holdout, seed)
         if world.rank == 0:
             facts |= describe_images(images.samples, training, held_out, settings["data"])
             run.check(facts, resume)
             facts |= {"backbone": backbone, "versions": versions()}
-        trainer = Trainer(model, images.pixels, training, held_out, batch_size, world)
+        seen = [config.tiling.tiles_of(some) for some in (training, held_out)]
+        trainer = Trainer(model, images.pixels, *seen, batch_size, world)
         state = run.load(model, trainer.optimizer) if resume else State()
         if cache_features:
             trainer.cache_features(shown)
@@ -170,7 +171,8 @@ def fit(trainer: "Trainer", run: RunFolder, state: State, facts: dict, report: R
 class Trainer:
     """The network, its optimiser and its images.
 
-    pixels: (N, H, W, 3) uint8 RGB; training, held_out: indices into it; batch_size: images per process.
+    pixels: (N, rows, columns, 3) uint8 RGB; training, held_out: numbers of their tiles (`Tiling.tiles_of`), which
+    are the images that the network sees; batch_size: of these per process.
     """
 
     def __init__(
@@ -188,7 +190,7 @@ class Trainer:
                 f"to train on; there are {len(training)}: use smaller batches or fewer processes"
             )
         self.world = world
-        self.pixels = torch.from_numpy(pixels)
+        self.pixels, self.tiling = pixels, model.config.tiling
         self.training, self.held_out = torch.from_numpy(training), torch.from_numpy(held_out)
         self.cached: list[Tensor] | None = None
         self.batch_size = min(batch_size * world.size, len(training))  # of all processes
@@ -275,7 +277,8 @@ class Trainer:
 
     def see(self, images: Tensor) -> tuple[Tensor, ...]:
         """The teacher's features of these images."""
-        x = normalise(self.pixels[images].to(self.world.device), self.parameters[0])
+        pixels = torch.from_numpy(self.tiling.pick(self.pixels, images.numpy()))
+        x = normalise(pixels.to(self.world.device), self.parameters[0])
         with self.autocast():
             return self.model.teacher(x.contiguous(memory_format=self.layout))
 

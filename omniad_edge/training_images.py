@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from .data import Images, Sample, find_samples, load_images
-from .errors import TrainingError
+from .errors import OmniADError, TrainingError
 from .files import file_sha256
 from .progress import counting, say
 
@@ -64,12 +64,12 @@ def describe_images(samples: list[Sample], training: np.ndarray, held_out: np.nd
     }
 
 
-def check_memory(what: str, needed_bytes: int, sharers: int = 1) -> None:
-    """TrainingError if `sharers` times these bytes are more than half of the free memory."""
+def check_memory(what: str, needed_bytes: int, sharers: int = 1, error: type[OmniADError] = TrainingError) -> None:
+    """Raises `error` if `sharers` times these bytes are more than half of the free memory."""
     free = free_memory_bytes()
     if free is not None and needed_bytes * sharers > free / 2:
         each = f" in each of {sharers} processes" if sharers > 1 else ""
-        raise TrainingError(
+        raise error(
             f"{what} take {needed_bytes / 1e9:.2f} GB{each}; allowed is half of the {free / 1e9:.2f} GB of "
             "free memory: use a smaller input size, fewer images or a machine with more memory"
         )

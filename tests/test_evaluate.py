@@ -151,7 +151,7 @@ def test_held_out_images_that_are_gone(small_run, tmp_path):
 
 def test_a_run_and_its_bundle_are_one_model(small_run, small_bundle):
     run, bundle = open_model(small_run.folder, small_run.data), open_model(small_bundle, small_run.data)
-    assert (run.height, run.width) == (bundle.height, bundle.width) == (64, 64)
+    assert run.size == bundle.size == (64, 64)
     assert run.calibrations.keys() == bundle.calibrations.keys() == {"board", "cap", "gear"}
     for product, calibration in run.calibrations.items():
         assert bundle.calibrations[product].threshold == pytest.approx(calibration.threshold, abs=1e-6)

@@ -9,6 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from native_parts import SIZE, VALGRIND, Native, arrays, fused_parts, seal, tiny_plan, weights_file, write_tiny
+from test_bundle import manifest
+
+from omniad_edge.bundle import describe_input, write_bundle
+from omniad_edge.tiles import Tiling
 
 
 @pytest.fixture
@@ -124,6 +128,13 @@ CRAFTED = [
     ({"weights.onnx": TINY_PARTS["weights.onnx"][:-1]}, "2 .*weights.onnx: expected a field of"),
     ({"weights.onnx": b""}, "2 .*an array 'hard'"),
 ]
+
+
+def test_a_bundle_that_cuts_tiles_is_refused_in_words(native, tmp_path):
+    described = manifest(input=describe_input(Tiling(64, 48, SIZE, SIZE)))
+    write_bundle(tmp_path / "tiled.omniad", described, TINY_PARTS)
+    (line,) = native.run("open", tmp_path / "tiled.omniad").stdout.splitlines()
+    assert re.match("2 .*input tiles: its images are cut into tiles, .* Detector in Python", line), line
 
 
 def write_crafted(native: Native) -> list[Path]:

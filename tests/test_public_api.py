@@ -17,7 +17,7 @@ DEPENDENCIES = {"numpy", "cv2", "PIL", "onnxruntime", "rich"}
 CORE = (
     *("errors", "files", "image", "preprocess", "data", "result", "calibration", "bundle", "engine", "detector"),
     *("credentials", "frame", "verdict", "sizes", "address"),
-    *("metrics", "report", "evaluate", "products", "progress", "cli"),
+    *("metrics", "report", "evaluate", "products", "progress", "cli", "tiles"),
 )
 CORE_PACKAGES = ("cameras", "outputs", "line")  # with every module in them
 

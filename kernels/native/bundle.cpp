@@ -202,6 +202,10 @@ void Bundle::checkInput(const Json &input) {
             throw bundleError("input ", key, ": expected a multiple of 32, got ", *size);
         }
     }
+    if (input.find("tiles") != nullptr) {
+        throw bundleError("input tiles: its images are cut into tiles, which this runtime does not do; use "
+                          "Detector in Python, or train without --tiles");
+    }
     constexpr const char *kFIXED[][2] = {
         {"layout", "NHWC"}, {"dtype", "uint8"}, {"colour", "RGB"}, {"resize", "area-halved pillow-bilinear"}};
     for (auto [key, value] : kFIXED) {

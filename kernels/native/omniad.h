@@ -85,7 +85,8 @@ OMNIAD_API omniad_status omniad_get_architecture(int device, int *architecture);
 /* Everything that takes time or memory: reads and checks the bundle, loads its kernels and weights, captures the
  * launches in a CUDA graph for each of `count` batch sizes. On failure *runtime is NULL.
  * device: an ordinal of the CUDA driver, whose primary context is used, or OMNIAD_CALLERS_DEVICE
- * batches: how many images a run may have, each 1 to 64; they share weights and memory: that of the largest */
+ * batches: how many images a run may have, each 1 to 64; they share weights and memory: that of the largest
+ * A bundle whose images are cut into tiles is refused; see `--tiles` in README.md. */
 OMNIAD_API omniad_status omniad_open(const char *path, int device, const int *batches, int count,
                                      omniad_runtime **runtime);
 

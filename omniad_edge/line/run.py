@@ -69,7 +69,7 @@ def summary(path: Path, line: Line) -> str:
     rows = [
         ("line", line.name),
         ("product", product),
-        ("engine", f"{detector.width}x{detector.height}, {detector.reason}"),
+        ("engine", f"{detector.tiling}, {detector.reason}"),
         *(("source", name) for name in line.sources),
         ("trigger", trigger),
         *((("health", address_of(out)) if isinstance(out, Health) else ("output", out.name)) for out in outputs),
