@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from bundles import manifest
 from native_parts import SIZE, VALGRIND, Native, arrays, fused_parts, seal, tiny_plan, weights_file, write_tiny
-from test_bundle import manifest
 
 from omniad_edge.bundle import describe_input, write_bundle
 from omniad_edge.tiles import Tiling
