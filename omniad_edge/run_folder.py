@@ -75,10 +75,10 @@ class RunFolder:
         tensors = read_tensors(self.last)
         try:
             model.load_state_dict({name: tensors[f"model.{name}"] for name in model.state_dict()})
-            moments = {
+            moments = {  # in their parameters' layout: the fused AdamW goes through both as they lie in memory
                 index: {"step": torch.tensor(float(state.steps))}
-                | {moment: tensors[f"{moment}.{name}"].clone() for moment in MOMENTS}
-                for index, name in enumerate(trained(model))
+                | {moment: torch.empty_like(p).copy_(tensors[f"{moment}.{name}"]) for moment in MOMENTS}
+                for index, (name, p) in enumerate(trained(model).items())
             }
         except (KeyError, RuntimeError) as exc:
             raise BundleError(f"{self.last}: does not hold the tensors of this network: {exc}") from exc

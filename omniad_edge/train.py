@@ -145,7 +145,7 @@ def fit(trainer: "Trainer", run: RunFolder, state: State, facts: dict, report: R
     try:
         for epoch in range(state.epoch + 1, epochs + 1):
             started = time.monotonic()
-            lr = LEARNING_RATE * (LR_DROP if epoch > LR_DROP_AT * epochs else 1)
+            lr = learning_rate(epoch, epochs)
             record = {"epoch": epoch, "lr": lr}
             torch.manual_seed(facts["seed"] + 1_000_003 * epoch)  # hence no generator's state is saved
             for step, loss in trainer.epoch(lr):
@@ -166,6 +166,10 @@ def fit(trainer: "Trainer", run: RunFolder, state: State, facts: dict, report: R
             kept = f"{run.last} holds epoch {run.saved_epoch}: go on with the same command and --resume"
             say(f"interrupted in epoch {epoch}; {kept if run.saved_epoch else 'nothing is saved yet'}")
         raise
+
+
+def learning_rate(epoch: int, epochs: int) -> float:
+    return LEARNING_RATE * (LR_DROP if epoch > LR_DROP_AT * epochs else 1)
 
 
 class Trainer:
@@ -196,8 +200,7 @@ class Trainer:
         self.batch_size = min(batch_size * world.size, len(training))  # of all processes
         self.steps = len(training) // self.batch_size  # per epoch
         self.on_gpu = world.device.type == "cuda"
-        self.layout = torch.channels_last if self.on_gpu else torch.contiguous_format
-        self.model = model.to(world.device, memory_format=self.layout)
+        self.model = model.to(world.device, memory_format=torch.channels_last)
         self.student = share(self.model, world)
         self.parameters = list(trained(model).values())
         self.optimizer = AdamW(self.parameters, LEARNING_RATE, BETAS, weight_decay=WEIGHT_DECAY, fused=True)
@@ -260,7 +263,7 @@ class Trainer:
         n = len(self.training)
         needed = n * sum(shape.numel() for shape in shapes) * 4
         check_memory(f"the features of {n} images", needed, self.world.local_size)
-        cached = [torch.empty(n, *shape) for shape in shapes]
+        cached = [torch.empty(n, *shape, memory_format=torch.channels_last) for shape in shapes]
         with counting("teacher's features", n) if shown else nullcontext(lambda done: None) as progress:
             for rows in torch.arange(n).split(self.batch_size):
                 for store, feature in zip(cached, self.see(self.training[rows]), strict=True):
@@ -273,14 +276,14 @@ class Trainer:
         """The teacher's features of these training images."""
         if self.cached is None:
             return self.see(self.training[rows])
-        return tuple(f[rows].to(self.world.device, memory_format=self.layout) for f in self.cached)
+        return tuple(f[rows].to(self.world.device, memory_format=torch.channels_last) for f in self.cached)
 
     def see(self, images: Tensor) -> tuple[Tensor, ...]:
         """The teacher's features of these images."""
         pixels = torch.from_numpy(self.tiling.pick(self.pixels, images.numpy()))
         x = normalise(pixels.to(self.world.device), self.parameters[0])
         with self.autocast():
-            return self.model.teacher(x.contiguous(memory_format=self.layout))
+            return self.model.teacher(x.contiguous(memory_format=torch.channels_last))
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.on_gpu)
