@@ -65,7 +65,8 @@ def write_seeded_bundle(path: Path, model: OmniAD, fp16: bool) -> None:
         "model": config.to_dict(),
         "precision": "fp16" if fp16 else "fp32",
         "input": describe_input(config.tiling),
-        "outputs": ["anomaly_map", "pred_score"],
+        "outputs": ["anomaly_map", "pred_score", "embedding"],
+        "recognition": {},
         "products": {"seeded": calibrate([threshold], float(np.median(anomaly_map))).to_dict()},
         # Without an entry bf16 is refused at run time; nobody inspects parts with this bundle.
         "parity": {"engines": {f"openvino {p}": {"passed": True} for p in ("fp32", "bf16")}},

@@ -2,20 +2,31 @@
 
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from functools import partial
 from itertools import groupby
 from pathlib import Path
+
+import numpy as np
 
 from ..bundle import describe_input, write_bundle
 from ..calibration import Calibration
 from ..data import Images, Sample, find_samples, load_images
 from ..engine import OnnxRuntimeEngine, OpenVinoEngine, cpu_has_bf16
 from ..errors import ExportError, MissingDependencyError
-from ..evaluate import Predictions, check_maps_fit, first_calibrations, held_out_samples, predict_images
+from ..evaluate import (
+    Predictions,
+    check_maps_fit,
+    first_calibrations,
+    held_out_products,
+    held_out_samples,
+    predict_images,
+    product_limits,
+)
 from ..kernels.fold import fold
 from ..model import OmniAD
+from ..recognition import LIGHT_COPIES, RECOGNITION, ProductLimit, ProductSpace, fit, other_light
 from ..self_test import SELF_TEST
 from ..versions import versions
 from ..weights import load_run
@@ -24,17 +35,19 @@ from .fused_parts import fused_parts, self_test
 from .onnx_graph import build_graph, weights_message
 from .parity import compare, good_only
 
+FITTED_IMAGES = 50  # of each product, for recognising it
 IMAGES_PER_KIND = 32  # of each product, good and defective, that the gate looks at
 
 
 @dataclass(frozen=True)
 class ExportReport:
-    """path of the bundle, its size, the gate's report per engine, the first calibration per product."""
+    """path of the bundle, its size, the gate's report per engine, the first thresholds and limits per product."""
 
     path: Path
     size_bytes: int
     engines: dict[str, dict]
     calibrations: dict[str, Calibration]
+    recognition: dict[str, ProductLimit]
 
 
 def export_bundle(
@@ -72,27 +85,48 @@ def export_bundle(
     parts = {"graphs/cpu.onnx": cpu, "weights.onnx": weights_message(weights)}
     if fp16:
         parts["graphs/fp16.onnx"], _ = build_graph(network, half=True, half_weights=True)
-    engines, reference, predictions = pass_gate(model, images, parts, report)
+    space = fit_products(model, data, good)
+    parts[RECOGNITION] = space.to_bytes()
+    engines, reference, predictions = pass_gate(model, images, parts, space, report)
     if fp16:
         parts[SELF_TEST] = self_test(reference, model)
     if targets:
         parts |= fused_parts(network, targets, progress)
-    calibrations = first_calibrations(good_only(first(predictions, len(good))), data, facts["holdout"])
+    held_out = good_only(first(predictions, len(good)))
+    calibrations = first_calibrations(held_out, data, facts["holdout"])
+    used = set(calibrations) - held_out_products(held_out, data, facts["holdout"])
+    limits = product_limits(held_out, space, used)
     manifest = {
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "versions": versions(),
         "model": config.to_dict() | {"backbone_weights": facts["backbone"]},
         "precision": "fp16" if fp16 else "fp32",
         "input": describe_input(config.tiling),
-        "outputs": ["anomaly_map", "pred_score"],
+        "outputs": ["anomaly_map", "pred_score", "embedding"],
         "products": {product: calibration.to_dict() for product, calibration in calibrations.items()},
+        "recognition": {product: asdict(limit) for product, limit in limits.items()},
         "parity": {"engines": engines},
         "trained_on": facts["trained_on"],
         "history": [],
     }
     out = Path(out)
     write_bundle(out, manifest, parts)
-    return ExportReport(out, out.stat().st_size, engines, calibrations)
+    return ExportReport(out, out.stat().st_size, engines, calibrations, limits)
+
+
+def fit_products(model: OmniAD, data: Path, held_out: list[Sample]) -> ProductSpace:
+    """From at most FITTED_IMAGES of each product's good images, those held out only where there are no others."""
+    pick, unfit = random.Random(0), {sample.path.resolve() for sample in held_out}
+    samples, tiling = find_samples(data, "train"), model.config.tiling
+    trained = [sample for sample in samples if sample.path.resolve() not in unfit]
+    rng, embeddings = np.random.default_rng(0), {}
+    for product in dict.fromkeys(sample.product for sample in samples):
+        of = [s for s in trained if s.product == product] or [s for s in samples if s.product == product]
+        chosen = pick.sample(of, min(len(of), FITTED_IMAGES))
+        pixels = load_images(chosen, *tiling.size).pixels
+        copies = [other_light(image, rng) for image in pixels for _ in range(LIGHT_COPIES)]
+        embeddings[product] = np.stack([model.embed(tiling.cut(image)).mean(0) for image in (*pixels, *copies)])
+    return fit(embeddings)
 
 
 def test_samples(data: Path) -> list[Sample]:
@@ -111,16 +145,20 @@ def limited(samples: list[Sample], pick: random.Random) -> list[Sample]:
 
 
 def pass_gate(
-    model: OmniAD, images: Images, parts: dict[str, bytes], report: Callable[[str, dict], None] | None
+    model: OmniAD,
+    images: Images,
+    parts: dict[str, bytes],
+    space: ProductSpace,
+    report: Callable[[str, dict], None] | None,
 ) -> tuple[dict[str, dict], Predictions, Predictions]:
     """Reports of all engines; the predictions of the trained network and of the default engine, ONNX Runtime."""
     tiling = model.config.tiling
-    reference = predict_images(partial(tiling.predict, model.predict), images)
+    reference = predict_images(partial(tiling.predict, model.predict_all), images)
     reports, failures, default = {}, [], None
     for name, precision, predict in candidates(parts):
         predictions = predict_images(partial(tiling.predict, predict), images)
         default = default or predictions
-        reports[name] = compare(reference, predictions, precision)
+        reports[name] = compare(reference, predictions, precision, space)
         if report:
             report(name, reports[name])
         if precision != "bf16":
@@ -135,19 +173,21 @@ def pass_gate(
 def candidates(parts: dict[str, bytes]):
     """(name, precision, predict) of every engine that this machine can run."""
     model = parts["graphs/cpu.onnx"] + parts["weights.onnx"]
-    yield "onnxruntime fp32", "fp32", OnnxRuntimeEngine(model).run
+    yield "onnxruntime fp32", "fp32", OnnxRuntimeEngine(model).run_all
     if "graphs/fp16.onnx" in parts:
         half = parts["graphs/fp16.onnx"] + parts["weights.onnx"]
-        yield "onnxruntime fp16", "fp16", OnnxRuntimeEngine(half).run
+        yield "onnxruntime fp16", "fp16", OnnxRuntimeEngine(half).run_all
     try:
         precisions = ("fp32", "bf16") if cpu_has_bf16() else ("fp32",)
     except MissingDependencyError:
         return
     for precision in precisions:
-        yield f"openvino {precision}", precision, OpenVinoEngine(model, precision).run
+        yield f"openvino {precision}", precision, OpenVinoEngine(model, precision).run_all
 
 
 def first(predictions: Predictions, count: int) -> Predictions:
     images = predictions.images
     images = Images(images.pixels[:count], images.samples[:count], images.broken)
-    return Predictions(images, predictions.anomaly_maps[:count], predictions.pred_scores[:count])
+    embeddings = predictions.embeddings
+    embeddings = None if embeddings is None else embeddings[:count]
+    return Predictions(images, predictions.anomaly_maps[:count], predictions.pred_scores[:count], embeddings)

@@ -29,16 +29,19 @@ def build_graph(network: Network, half: bool, half_weights: bool) -> tuple[bytes
     half_weights: matrices are stored in fp16; a graph that computes in fp32 casts them, which runtimes do
                   once while loading
     Returns a serialised ModelProto without weights, and the weights by name. Its input is `pixels`
-    (N, H, W, 3) uint8 RGB with any N, its outputs are `anomaly_map` (N, H, W) and `pred_score` (N,) fp32.
+    (N, H, W, 3) uint8 RGB with any N, its outputs are `anomaly_map` (N, H, W), `pred_score` (N,) and
+    `embedding` (N, D), fp32.
     """
     ops = OnnxOps(network, half, half_weights)
     made = forward(ops, network, "pixels")
     return model_of(ops, network, *made).SerializeToString(), ops.weights
 
 
-def model_of(ops: "OnnxOps", network: Network, anomaly_map: "Value", pred_score: "Value") -> ModelProto:
+def model_of(
+    ops: "OnnxOps", network: Network, anomaly_map: "Value", pred_score: "Value", embedding: "Value"
+) -> ModelProto:
     """What `ops` emitted, as a model without weights."""
-    outputs = (("anomaly_map", anomaly_map), ("pred_score", pred_score))
+    outputs = (("anomaly_map", anomaly_map), ("pred_score", pred_score), ("embedding", embedding))
     nodes = ops.nodes + [helper.make_node("Identity", [made.name], [name]) for name, made in outputs]
     size = (network.height, network.width)
     graph = helper.make_graph(
@@ -48,6 +51,7 @@ def model_of(ops: "OnnxOps", network: Network, anomaly_map: "Value", pred_score:
         [
             helper.make_tensor_value_info("anomaly_map", FLOAT, ("N", *size)),
             helper.make_tensor_value_info("pred_score", FLOAT, ("N",)),
+            helper.make_tensor_value_info("embedding", FLOAT, ("N", embedding.channels)),
         ],
         [numpy_helper.from_array(value, name) for name, value in ops.constants.items()],
     )
@@ -277,3 +281,7 @@ class OnnxOps:
 
     def max(self, anomaly_map: Value) -> Value:
         return self.emit("ReduceMax", anomaly_map, axes=[1, 2], keepdims=0)
+
+    def means(self, maps: list[Value]) -> Value:
+        means = [self.emit("ReduceMean", self.cast(self.image(x), FLOAT), axes=[2, 3], keepdims=0) for x in maps]
+        return self.emit("Concat", *means, like=replace(means[0], channels=sum(x.channels for x in maps)), axis=1)

@@ -35,7 +35,7 @@ def build_plugin_graph(network: Network, half: bool = True) -> tuple[bytes, dict
     weights = [packed(ops, buffer, arrays) for buffer in weight_buffers(plan).values()]
     functions, students = decoder_functions(network, plan, half)
     ops.nodes.append(plugin_node(DECODER, "decoder", plan, [x, *weights], students))
-    model = model_of(ops, network, *anomaly_map(ops, network, teacher, students))
+    model = model_of(ops, network, *anomaly_map(ops, network, teacher, students), ops.means(teacher))
     model.opset_import.append(helper.make_opsetid(DOMAIN, VERSION))
     model.functions.extend(functions)
     return model.SerializeToString(), ops.weights

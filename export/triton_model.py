@@ -12,8 +12,9 @@ import triton_python_backend_utils as pb_utils  # the server brings it
 
 from ..bundle import read_bundle
 from ..detector import Detector
-from ..engine import CpuEngine
+from ..engine import OUTPUTS, CpuEngine, Outputs, with_embedding
 from ..errors import BundleError, EngineError, InputError, OmniADError
+from ..recognition import embedding_channels, read_recogniser
 from ..result import Result
 from .triton_repository import BUNDLE, weights_sha256
 
@@ -21,33 +22,37 @@ from .triton_repository import BUNDLE, weights_sha256
 class ServedNetwork(CpuEngine):
     """The network as a model of this server. Frames are resized here, as on every CPU.
 
-    model: name of the network's model; backend, precision: what computes it there
+    model: name of the network's model; backend, precision: what computes it there; embeds: it gives embeddings
     """
 
     reason = "the model server's"
 
-    def __init__(self, model: str, backend: str, precision: str, height: int, width: int) -> None:
+    def __init__(self, model: str, backend: str, precision: str, height: int, width: int, embeds: bool) -> None:
         super().__init__(threads=1)
         self.model, self.backend, self.precision = model, backend, precision
         self.size = height, width
+        self.embeds, self.names = embeds, list(OUTPUTS[: 3 if embeds else 2])
 
     @property
     def input_size(self) -> tuple[int, int]:
         return self.size
 
     def run(self, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        names = ["anomaly_map", "pred_score"]
+        return self.run_all(pixels)[:2]
+
+    def run_all(self, pixels: np.ndarray) -> Outputs:
         request = pb_utils.InferenceRequest(
             model_name=self.model,
-            requested_output_names=names,
+            requested_output_names=self.names,
             inputs=[pb_utils.Tensor("pixels", pixels)],
             preferred_memory=pb_utils.PreferredMemory(pb_utils.TRITONSERVER_MEMORY_CPU, 0),
         )
         response = request.exec()
         if response.has_error():
             raise EngineError(f"model {self.model} failed on pixels {pixels.shape}: {response.error().message()}")
-        maps, scores = (pb_utils.get_output_tensor_by_name(response, name).as_numpy() for name in names)
-        return maps, scores.reshape(-1)  # (N, 1): the server knows no scalars
+        outputs = [pb_utils.get_output_tensor_by_name(response, name).as_numpy() for name in self.names]
+        outputs[1] = outputs[1].reshape(-1)  # (N, 1): the server knows no scalars
+        return with_embedding(outputs)
 
 
 class TritonPythonModel:
@@ -59,8 +64,9 @@ class TritonPythonModel:
         fact = {name: value["string_value"] for name, value in config["parameters"].items()}
         height, width = map(int, pb_utils.get_output_config_by_name(config, "anomaly_map")["dims"])
         network = args["model_name"] + "_network"
-        engine = ServedNetwork(network, fact["backend"], fact["precision"], height, width)
         self.bundle = Path(args["model_repository"], args["model_version"], BUNDLE)
+        embeds = embedding_channels(read_bundle(self.bundle)) > 0
+        engine = ServedNetwork(network, fact["backend"], fact["precision"], height, width, embeds)
         self.weights_sha256 = fact["weights_sha256"]
         self.detector = Detector(self.bundle, engine=engine)
         self.read_thresholds()
@@ -72,7 +78,8 @@ class TritonPythonModel:
             raise BundleError(
                 f"{self.bundle}: its network is not the one served here; write a new repository of it"
             )
-        self.detector.calibrations, self.changed_ns = contents.products, changed_ns
+        self.detector.calibrations, self.detector.recogniser = contents.products, read_recogniser(contents)
+        self.changed_ns = changed_ns
 
     def execute(self, requests: list) -> list:
         """One response a request: a verdict, or an error in words."""

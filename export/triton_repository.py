@@ -13,6 +13,7 @@ from string import Template
 from ..bundle import WEIGHTS, Bundle, read_bundle
 from ..errors import ExportError, InputError
 from ..files import atomic_folder, atomic_write
+from ..recognition import embedding_channels
 from ..tensorrt_engine import build_server_plan
 
 BUNDLE = "line.omniad"  # the copy whose thresholds apply
@@ -51,13 +52,14 @@ input [
 ]
 output [
   { name: "anomaly_map" data_type: TYPE_FP32 dims: [ $height, $width ] },
-  { name: "pred_score" data_type: TYPE_FP32 dims: [ 1 ] reshape { shape: [ ] } }
+  { name: "pred_score" data_type: TYPE_FP32 dims: [ 1 ] reshape { shape: [ ] } }$embedding
 ]
 instance_group [ { kind: $kind count: 1 } ]
 model_warmup [
 $warmup
 ]
 """)
+EMBEDDING = ',\n  {{ name: "embedding" data_type: TYPE_FP32 dims: [ {} ] }}'
 # On a CPU a batch of 8 takes 8 % less time a frame than one by one (the demo's network, one core of an EPYC), but
 # its frames wait for each other, and their neighbours change the last bits of a map.
 ON_CPU = {
@@ -114,6 +116,8 @@ def write_triton_repository(
     sizes = range(1, BATCH + 1) if facts is ON_GPU else [1]
     facts = facts | {"name": name, "height": contents.height, "width": contents.width, "batch": BATCH}
     facts["precision"] = "fp32" if facts["kind"] == "KIND_CPU" else contents.precision
+    channels = embedding_channels(contents)
+    facts["embedding"] = EMBEDDING.format(channels) if channels else ""
     facts["weights_sha256"] = weights_sha256(contents)
     facts["warmup"] = ",\n".join(WARMUP.substitute(facts, batch=size) for size in sizes)
     files = {

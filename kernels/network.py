@@ -16,10 +16,13 @@ from .fold import EPS, MIX_SCALE, Array, Block, Conv, Expand, KeyValue, Local, N
 
 
 def forward(ops, network: Network, pixels):
-    """pixels (N, H, W, 3) uint8 RGB -> anomaly_map (N, H, W), smoothed, and pred_score (N,), its maximum."""
+    """pixels (N, H, W, 3) uint8 RGB -> anomaly_map (N, H, W), smoothed, pred_score (N,), its maximum; embedding.
+
+    embedding (N, D): the teacher's features averaged over all positions, strides 4, 8, 16 side by side.
+    """
     teacher = backbone(ops, network, pixels)
     student = decoder(ops, network, neck(ops, network, *teacher))
-    return anomaly_map(ops, network, teacher, student)
+    return *anomaly_map(ops, network, teacher, student), ops.means(teacher)
 
 
 def anomaly_map(ops, network: Network, teacher, student):
@@ -220,3 +223,6 @@ class TorchOps:
 
     def max(self, anomaly_map: Tensor) -> Tensor:
         return anomaly_map.amax((1, 2))
+
+    def means(self, maps: list[Tensor]) -> Tensor:
+        return torch.cat([x.mean((2, 3)) for x in maps], dim=1)

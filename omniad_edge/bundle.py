@@ -14,21 +14,23 @@ import os
 import re
 import struct
 import zipfile
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 from reprlib import repr as short
+from types import MappingProxyType
 
 from .calibration import Calibration
 from .errors import BundleError, InputError
 from .files import atomic_write
+from .recognition import ProductLimit
 from .tiles import MAX_SIDE_PX, OVERLAP_PX, Tiling
 
 FORMAT = "omniad-bundle"
-SCHEMA = 1
+SCHEMA = 2  # 2 has "recognition"; who does not know it would let unknown products pass
 # UPGRADES[i] turns a manifest of schema i + 1 into one of schema i + 2, so an old file is read step by step.
-UPGRADES: tuple[Callable[[dict], dict], ...] = ()
+UPGRADES: tuple[Callable[[dict], dict], ...] = (lambda manifest: manifest | {"schema": 2, "recognition": {}},)
 
 MANIFEST = "manifest.json"
 WEIGHTS = "weights.onnx"
@@ -51,6 +53,7 @@ KINDS = {
     "input": dict,
     "outputs": list,
     "products": dict,
+    "recognition": dict,
     "parity": dict,
     "trained_on": list,
     "history": list,
@@ -61,7 +64,7 @@ FIXED_INPUT = {"layout": "NHWC", "dtype": "uint8", "colour": "RGB", "resize": "a
 # Of a bundle with input.tiles. Another value than above: a version that does not know tiles refuses it.
 TILED_RESIZE = "area-halved pillow-bilinear, then cut into tiles"
 HISTORY_KEYS = ("time", "action", "product", "old_threshold", "new_threshold")
-OUTPUTS = ["anomaly_map", "pred_score"]
+OUTPUTS = ["anomaly_map", "pred_score"], ["anomaly_map", "pred_score", "embedding"]
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,11 @@ class Bundle:
         """Product name -> its threshold and calibration."""
         return {name: Calibration.from_dict(entry) for name, entry in self.manifest["products"].items()}
 
+    @property
+    def recognition(self) -> dict[str, ProductLimit]:
+        """Product name -> how far its images may be from it; empty of a bundle that cannot recognise products."""
+        return {name: ProductLimit.from_dict(entry) for name, entry in self.manifest["recognition"].items()}
+
     def onnx(self, graph: str) -> bytes:
         """The ONNX model of one graph with its weights, ready to be loaded.
 
@@ -123,8 +131,8 @@ def describe_input(tiling: Tiling) -> dict:
 def write_bundle(path: str | Path, manifest: dict, parts: dict[str, bytes]) -> None:
     """Write the bundle; `path` holds the old file or the whole new one at any time.
 
-    manifest: created, versions, model, precision, input, outputs, products, parity, trained_on, history;
-    its format, schema and parts are filled in here. parts: name (letters, digits, `_.-/`) -> content.
+    manifest: created, versions, model, precision, input, outputs, products, recognition, parity, trained_on,
+    history; its format, schema and parts are filled in here. parts: name (letters, digits, `_.-/`) -> content.
     The same content gives the same bytes. Raises BundleError if a reader would refuse the result, or if
     it cannot be written.
     """
@@ -155,8 +163,15 @@ def read_bundle(path: str | Path) -> Bundle:
         raise BundleError(f"{path}: could not be read: {exc}") from exc
 
 
-def set_thresholds(path: str | Path, calibrations: dict[str, Calibration], action: str) -> None:
+def set_thresholds(
+    path: str | Path,
+    calibrations: dict[str, Calibration],
+    action: str,
+    limits: Mapping[str, ProductLimit] = MappingProxyType({}),
+) -> None:
     """Replace the calibrations of these products in the bundle file, and record it in its history.
+
+    limits: of recognition, of some of the same products
 
     action: a few words for the history, such as "calibrate". Other products stay as they are. The file is
     replaced as a whole; on any error it is the old one. Raises InputError for a product which the bundle
@@ -181,6 +196,7 @@ def set_thresholds(path: str | Path, calibrations: dict[str, Calibration], actio
     changes = {
         "products": {name: calibration.to_dict() for name, calibration in products.items()},
         "history": bundle.manifest["history"] + history,
+        "recognition": bundle.manifest["recognition"] | {name: asdict(limit) for name, limit in limits.items()},
     }
     # Through a symbolic link: the file behind it is replaced and the link stays.
     write_bundle(os.path.realpath(path), bundle.manifest | changes, bundle.parts)
@@ -349,11 +365,15 @@ def _check_manifest(manifest: dict) -> None:
     _expect(_is_text(manifest["created"]), "created must be a time", manifest["created"])
     precision = manifest["precision"]
     _expect(precision in ("fp32", "fp16"), "precision must be fp32 or fp16", precision)
-    _expect(manifest["outputs"] == OUTPUTS, f"outputs must be {OUTPUTS}", manifest["outputs"])
+    _expect(manifest["outputs"] in OUTPUTS, f"outputs must be {OUTPUTS[0]} or {OUTPUTS[1]}", manifest["outputs"])
     for name, version in manifest["versions"].items():
         _expect(_is_text(name) and _is_text(version), "versions must be text", {name: version})
     _check_input(manifest["input"])
-    _check_products(manifest["products"])
+    _expect(len(manifest["products"]) > 0, "products must name at least one product", manifest["products"])
+    _check_products(manifest["products"], Calibration.from_dict)
+    _check_products(manifest["recognition"], ProductLimit.from_dict)
+    same = not manifest["recognition"] or manifest["recognition"].keys() == manifest["products"].keys()
+    _expect(same, "recognition must have no product or all", sorted(manifest["recognition"]))
     for digest in manifest["trained_on"]:
         _expect(_matches(IMAGE_DIGEST, digest), "trained_on must be digests of 16 hex digits", digest)
     for entry in manifest["history"]:
@@ -388,12 +408,11 @@ def _check_tiles(tiles: object, entry: dict) -> None:
     _expect(shared == OVERLAP_PX, f"input tiles overlap_px must be {OVERLAP_PX}", shared)
 
 
-def _check_products(entries: dict) -> None:
-    _expect(len(entries) > 0, "products must name at least one product", entries)
+def _check_products(entries: dict, read: Callable[[dict], object]) -> None:
     for name, entry in entries.items():
         _expect(_is_text(name), "a product's name must be printable text", name)
         try:
-            Calibration.from_dict(entry)
+            read(entry)
         except InputError as exc:
             raise BundleError(f"manifest: product {name!r}: {exc}") from exc
 

@@ -130,7 +130,7 @@ def parser() -> argparse.ArgumentParser:
     sub = command("predict", predict, "give verdicts on images")
     sub.add_argument("bundle", type=Path, help="such as line3.omniad")
     sub.add_argument("images", type=Path, help="an image or a folder")
-    sub.add_argument("--product", help="whose threshold applies; default: the strictest")
+    sub.add_argument("--product", help="what the images should show; default: as recognised")
     sub.add_argument("--save", type=Path, help="folder for pictures with heatmap, and results.jsonl")
     sub.add_argument("--json", action="store_true", help="print one JSON object a line")
     sub.add_argument("--backend", choices=("auto", *BACKENDS), default="auto", help="what computes")
@@ -251,6 +251,8 @@ def evaluate(options: argparse.Namespace) -> None:
 
     evaluation = evaluate.evaluate_model(options.model, options.data, options.published)
     Console().print(report.metrics_table(evaluation.metrics))
+    if recognised := evaluation.facts.get("product recognised"):
+        print(f"product recognised: {recognised}")
     if options.json:
         report.write_metrics_json(options.json, evaluation.metrics, evaluation.facts)
     if options.csv:
@@ -274,6 +276,7 @@ def export(options: argparse.Namespace) -> None:
     )
     for product, calibration in made.calibrations.items():
         print_calibration(product, calibration)
+    print_recognition(made.recognition)
     print(f"{made.path}: {made.size_bytes / 1e6:.1f} MB, {'fp16' if options.fp16 else 'fp32'}")
     if options.engine:
         build_engine(options.out)
@@ -305,6 +308,7 @@ def build_engine(path: Path, batches: Sequence[int] | None = None, workspace_byt
 
 
 def calibrate(options: argparse.Namespace) -> None:
+    from .bundle import read_bundle
     from .evaluate import calibrate_bundle
 
     calibrations, left_out = calibrate_bundle(
@@ -314,6 +318,8 @@ def calibrate(options: argparse.Namespace) -> None:
         console.print(f"left out {left_out} images that the model was trained on: their scores run low")
     for product, calibration in calibrations.items():
         print_calibration(product, calibration)
+    recognition = read_bundle(options.bundle).recognition
+    print_recognition({product: limit for product, limit in recognition.items() if product in calibrations})
 
 
 def threshold(options: argparse.Namespace) -> None:
@@ -345,7 +351,9 @@ def predict(options: argparse.Namespace) -> int:
         options.save.mkdir(parents=True, exist_ok=True)
         results = (options.save / "results.jsonl").open("w", encoding="utf-8", buffering=1)  # a line as it comes
     detector = Detector(options.bundle, options.backend, options.precision)
-    counts = {"good": 0, "defective": 0, "unreadable": 0}
+    if detector.not_recognised:
+        console.print(f"products are not recognised: {detector.not_recognised}", markup=False, soft_wrap=True)
+    counts = {"good": 0, "defective": 0, "unknown product": 0, "wrong product": 0, "unreadable": 0}
     for path in paths:
         try:
             frame = read_image(path)
@@ -360,7 +368,8 @@ def predict(options: argparse.Namespace) -> int:
         print(
             line
             if options.json
-            else f"{path}  {result.pred_label}  {result.pred_score:.4f} / {result.threshold:.4f}  "
+            else f"{path}  {result.product_fault or result.pred_label}  "
+            f"{result.pred_score:.4f} / {result.threshold:.4f}  "
             f"{result.product}{assumed}  {result.speed_ms['total']:.1f} ms",
             flush=True,
         )
@@ -372,7 +381,8 @@ def predict(options: argparse.Namespace) -> int:
                 part.write_bytes(cv2.imencode(".jpg", result.draw(frame))[1].tobytes())
     if results:
         results.close()
-    summary = ", ".join(f"{count} {what}" for what, count in counts.items())
+    always = ("good", "defective", "unreadable")
+    summary = ", ".join(f"{count} {what}" for what, count in counts.items() if count or what in always)
     console.print(f"{len(paths)} images: {summary} ({detector.backend} {detector.precision})")
     return 1 if counts["unreadable"] else 0
 
@@ -397,6 +407,7 @@ def info(options: argparse.Namespace) -> None:
         print(f"{title:<11} " + ", ".join(f"{name} {value}" for name, value in manifest[title].items()))
     for product, calibration in bundle.products.items():
         print_calibration(product, calibration)
+    print_recognition(bundle.recognition)
     for name, report in manifest["parity"].get("engines", {}).items():
         print_parity(name, report)
     for name, part in manifest["parts"].items():
@@ -466,3 +477,17 @@ def print_calibration(product: str, calibration) -> None:
         f"{text}, at most {100 * calibration.false_reject_bound:.2g} % false rejects at "
         f"{100 * calibration.confidence:g} % confidence, from {calibration.n_good} good images"
     )
+
+
+def print_recognition(limits: dict) -> None:
+    for product, limit in limits.items():
+        if limit.false_unknown_bound is None:
+            known = "from images that it was fitted to; run omniad calibrate"
+        else:
+            known = (
+                f"at most {100 * limit.false_unknown_bound:.2g} % false unknowns at "
+                f"{100 * limit.confidence:g} % confidence, from {limit.n_good} good images"
+            )
+        print(f"recognised  {product}: {known}")
+    if not limits:
+        print("recognised  no product: export again for that")

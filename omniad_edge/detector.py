@@ -13,7 +13,8 @@ from .engine import Engine, open_engine
 from .errors import InputError
 from .frame import EndOfSource, Source
 from .image import FrameArray
-from .result import Result, decide
+from .recognition import read_recogniser, shown_product
+from .result import UNKNOWN_PRODUCT, WRONG_PRODUCT, Result, decide
 
 BATCH = 8  # frames per engine call when a list is given
 READ_S = 1.0  # that `stream` waits for a frame at a time
@@ -45,10 +46,18 @@ class Detector:
         self.tiling = contents.tiling
         self.height, self.width = self.tiling.size  # of an anomaly map
         self.calibrations = contents.products
+        self.recogniser = read_recogniser(contents)
         if engine is None:
             engine = open_engine(contents, backend, precision, threads)
             engine.run(np.zeros((1, self.height, self.width, 3), np.uint8))
         self.engine = engine
+        self.not_recognised = ""  # why it cannot recognise products
+        if self.recogniser is None:
+            self.not_recognised = "the bundle cannot recognise products; export it again"
+        elif not engine.embeds:
+            self.not_recognised = (
+                f"the {engine.backend} engine gives no embedding; it would with backend='onnxruntime'"
+            )
 
     @property
     def products(self) -> tuple[str, ...]:
@@ -75,20 +84,21 @@ class Detector:
         frames:  (H, W, 3) uint8 BGR of any size, as OpenCV gives it; a list gives a list of results. With the
                  fused backend also an array on its GPU, C-contiguous, of any library that has DLPack or
                  __cuda_array_interface__ (PyTorch, CuPy, PyCUDA): read where it lies; not if the bundle has tiles
-        product: whose threshold applies. None: the only product of the bundle, or of several the one with the
-                 lowest threshold, so that no defect passes because the product was not named; the result's
-                 `product` names it and `product_assumed` is True.
+        product: what the frames should show, and whose threshold applies. None: the product that is recognised. If
+                 none is, the one of the bundle with the lowest threshold, so that no defect passes because the
+                 product was not named; the result's `product` names it and `product_assumed` is True.
+        A frame that shows another product, or none of the bundle's, is neither good nor defective: `pred_label`
+        says so. Where products cannot be recognised `not_recognised` says why.
         Raises InputError for a frame or product that is not what was asked for, EngineError if the engine fails.
         """
         single = isinstance(frames, np.ndarray) or not isinstance(frames, Sequence)
         batch = [frames] if single else list(frames)
         sizes = [self.engine.frame_size(frame) for frame in batch]
-        assumed = product is None
-        product = self.strictest_product() if assumed else self.known_product(product)
+        named = None if product is None else self.known_product(product)
         results = []
         for start in range(0, len(batch), BATCH):
             some = slice(start, start + BATCH)
-            results += self.inspect(batch[some], sizes[some], product, assumed)
+            results += self.inspect(batch[some], sizes[some], named)
         return results[0] if single else results
 
     def stream(
@@ -116,16 +126,16 @@ class Detector:
         finally:
             source.close()
 
-    def inspect(
-        self, frames: list[FrameArray], sizes: list[tuple[int, int]], product: str, assumed: bool
-    ) -> list[Result]:
+    def inspect(self, frames: list[FrameArray], sizes: list[tuple[int, int]], named: str | None) -> list[Result]:
         start = perf_counter()
-        anomaly_maps, pred_scores, preprocess_ms = self.engine.run_frames(frames)
+        anomaly_maps, pred_scores, embeddings, preprocess_ms = self.engine.run_frames(frames)
         engine_ms = (1e3 * (perf_counter() - start) - sum(preprocess_ms)) / len(frames)
         results = []
         for index, size in enumerate(sizes):
             start = perf_counter()
-            decision = decide(anomaly_maps[index], pred_scores[index], self.calibrations[product], *size)
+            seen = self.seen_product(None if embeddings is None else embeddings[index], named)
+            calibration = self.calibrations[seen["product"]]
+            decision = decide(anomaly_maps[index], pred_scores[index], calibration, *size) | seen
             postprocess_ms = 1e3 * (perf_counter() - start)
             speed_ms = {
                 "preprocess": preprocess_ms[index],
@@ -136,14 +146,27 @@ class Detector:
             results.append(
                 Result(
                     **decision,
-                    product=product,
-                    product_assumed=assumed,
                     speed_ms=speed_ms,
                     backend=self.backend,
                     precision=self.precision,
                 )
             )
         return results
+
+    def seen_product(self, embedding: np.ndarray | None, named: str | None) -> dict:
+        """The fields of a Result that follow from which product the frame shows."""
+        if embedding is None or self.recogniser is None:
+            return {"product": named or self.strictest_product(), "product_assumed": named is None}
+        (ratios,) = self.recogniser.ratios(embedding[None])
+        shown = shown_product(ratios, named)
+        product = named or shown or self.strictest_product()
+        fields = {
+            "product": product,
+            "product_assumed": not (named or shown),
+            "product_shown": shown,
+            "product_distance": ratios[named] if named else min(ratios.values()),
+        }
+        return fields if shown == product else fields | {"pred_label": WRONG_PRODUCT if shown else UNKNOWN_PRODUCT}
 
     def strictest_product(self) -> str:
         return min(self.calibrations, key=lambda name: self.calibrations[name].threshold)

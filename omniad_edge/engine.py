@@ -19,7 +19,11 @@ from .tiles import Tiling
 
 BACKENDS = ("fused", "tensorrt", "onnxruntime", "openvino")
 PRECISIONS = ("fp16", "fp32", "bf16")
+OUTPUTS = ("anomaly_map", "pred_score", "embedding")  # of the graph; older bundles' have no embedding
 DISTANCES = ("distance_0", "distance_1", "distance_2")  # tensors of the graph: 1 - cosine of each scale
+
+Outputs = tuple[np.ndarray, np.ndarray, np.ndarray | None]  # as OUTPUTS
+FrameOutputs = tuple[np.ndarray, np.ndarray, np.ndarray | None, list[float]]  # and milliseconds of each frame
 
 
 class Engine(Protocol):
@@ -27,20 +31,25 @@ class Engine(Protocol):
 
     backend, precision: what computes, and in which arithmetic
     reason: why this engine was chosen, in words
+    embeds: whether `run_all` gives embeddings
     """
 
     backend: str
     precision: str
     reason: str
+    embeds: bool
 
     def run(self, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """pixels (N, H, W, 3) uint8 RGB -> anomaly_map (N, H, W) and pred_score (N,), float32."""
 
+    def run_all(self, pixels: np.ndarray) -> Outputs:
+        """And the embedding (N, D), float32, that products are recognised by; None where there is none."""
+
     def frame_size(self, frame: FrameArray) -> tuple[int, int]:
         """Rows and columns of a frame that this engine takes. Raises InputError for anything else."""
 
-    def run_frames(self, frames: Sequence[FrameArray]) -> tuple[np.ndarray, np.ndarray, list[float]]:
-        """Frames (rows, columns, 3) uint8 BGR, each of any size -> what `run` gives of them resized.
+    def run_frames(self, frames: Sequence[FrameArray]) -> FrameOutputs:
+        """Frames (rows, columns, 3) uint8 BGR, each of any size -> what `run_all` gives of them resized.
 
         And how many milliseconds the host took to prepare each. Raises InputError as `frame_size` does.
         """
@@ -51,6 +60,8 @@ class CpuEngine(ABC):
 
     threads: of one call. None lets it use every core; then calls take turns, as two at once would both be late.
     """
+
+    embeds = False
 
     def __init__(self, threads: int | None) -> None:
         self.turn = threading.Lock() if threads is None else nullcontext()
@@ -63,19 +74,22 @@ class CpuEngine(ABC):
     @abstractmethod
     def run(self, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]: ...
 
+    def run_all(self, pixels: np.ndarray) -> Outputs:
+        return *self.run(pixels), None
+
     def frame_size(self, frame: FrameArray) -> tuple[int, int]:
         check_frame(frame)
         return frame.shape[:2]
 
-    def run_frames(self, frames: Sequence[FrameArray]) -> tuple[np.ndarray, np.ndarray, list[float]]:
+    def run_frames(self, frames: Sequence[FrameArray]) -> FrameOutputs:
         pixels, preprocess_ms = np.empty((len(frames), *self.input_size, 3), np.uint8), []
         for index, frame in enumerate(frames):
             start = perf_counter()
             pixels[index] = resize(frame, *self.input_size)
             preprocess_ms.append(1e3 * (perf_counter() - start))
         with self.turn:
-            anomaly_map, pred_score = self.run(pixels)
-        return anomaly_map, pred_score, preprocess_ms
+            outputs = self.run_all(pixels)
+        return *outputs, preprocess_ms
 
 
 class OnnxRuntimeEngine(CpuEngine):
@@ -97,6 +111,9 @@ class OnnxRuntimeEngine(CpuEngine):
             self.session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         except Exception as exc:  # its exceptions share no base class
             raise EngineError(f"ONNX Runtime {onnxruntime.__version__} cannot load the model: {exc}") from exc
+        there = {output.name for output in self.session.get_outputs()}
+        self.outputs = [name for name in OUTPUTS if name in there]
+        self.embeds = "embedding" in there
 
     @property
     def input_size(self) -> tuple[int, int]:
@@ -104,8 +121,11 @@ class OnnxRuntimeEngine(CpuEngine):
         return height, width
 
     def run(self, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return self.run_all(pixels)[:2]
+
+    def run_all(self, pixels: np.ndarray) -> Outputs:
         try:
-            return tuple(self.session.run(["anomaly_map", "pred_score"], {"pixels": pixels}))
+            return with_embedding(self.session.run(self.outputs, {"pixels": pixels}))
         except Exception as exc:
             raise EngineError(f"ONNX Runtime failed on pixels {pixels.shape}: {exc}") from exc
 
@@ -146,6 +166,7 @@ class OpenVinoEngine(CpuEngine):
             ]
         except Exception as exc:
             raise EngineError(f"OpenVINO {openvino.__version__} cannot load the model: {exc}") from exc
+        self.embeds = any("embedding" in output.get_names() for part in self.compiled for output in part.outputs)
         self.requests = threading.local()
 
     @property
@@ -154,20 +175,29 @@ class OpenVinoEngine(CpuEngine):
         return height, width
 
     def run(self, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return self.run_all(pixels)[:2]
+
+    def run_all(self, pixels: np.ndarray) -> Outputs:
         try:
             # One per thread: a request is not thread-safe, and making one costs more than a small image.
             if not hasattr(self.requests, "own"):
                 self.requests.own = [part.create_infer_request() for part in self.compiled]
             outputs = []
             for index in range(len(pixels)):
-                values = [pixels[index : index + 1]]
-                for request in self.requests.own:
-                    values = list(request.infer(values).values())
+                first, *tail = self.requests.own
+                values = list(first.infer([pixels[index : index + 1]]).values())
+                for request in tail:  # takes the distance maps; what is behind them is the embedding
+                    values = [*request.infer(values[:3]).values(), *values[3:]]
                 outputs.append(values)
         except Exception as exc:
             raise EngineError(f"OpenVINO failed on pixels {pixels.shape}: {exc}") from exc
-        anomaly_map, pred_score = (np.concatenate(of_all) for of_all in zip(*outputs, strict=True))
-        return anomaly_map, pred_score
+        return with_embedding([np.concatenate(of_all) for of_all in zip(*outputs, strict=True)])
+
+
+def with_embedding(outputs: Sequence[np.ndarray]) -> Outputs:
+    """outputs: in the order of OUTPUTS, the last one or not."""
+    anomaly_map, pred_score, *embedding = outputs
+    return anomaly_map, pred_score, embedding[0] if embedding else None
 
 
 class TiledEngine(CpuEngine):
@@ -181,6 +211,7 @@ class TiledEngine(CpuEngine):
         super().__init__(threads)
         self.engine, self.tiling = engine, tiling
         self.backend, self.precision, self.reason = engine.backend, engine.precision, engine.reason
+        self.embeds = engine.embeds
 
     @property
     def input_size(self) -> tuple[int, int]:
@@ -188,11 +219,14 @@ class TiledEngine(CpuEngine):
 
     def run(self, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """pixels (N, rows, columns, 3) -> merged anomaly_map (N, rows, columns) and its maxima."""
-        return self.tiling.predict(self.engine.run, pixels)
+        return self.run_all(pixels)[:2]
+
+    def run_all(self, pixels: np.ndarray) -> Outputs:
+        return with_embedding(self.tiling.predict(self.engine.run_all, pixels))
 
 
 def split_at_distances(network):
-    """An openvino.Model of our graph -> two: pixels to the distance maps, and these to the outputs.
+    """An openvino.Model of our graph -> two: pixels to distance maps and embedding, and the maps to the outputs.
 
     Of a graph that does not name its distance maps (a plain export, as the benchmark compares) -> itself alone.
     """
@@ -206,7 +240,10 @@ def split_at_distances(network):
     for distance, given in zip(distances, maps, strict=True):
         for taker in distance.get_target_inputs():
             taker.replace_source_output(given.output(0))
-    return [openvino.Model(distances, network.get_parameters()), openvino.Model(network.get_results(), maps)]
+    embedding = [output for output in network.outputs if "embedding" in output.get_names()]
+    rest = [output.node for output in network.outputs if "embedding" not in output.get_names()]
+    first = [*distances, *(output.node.input_value(0) for output in embedding)]
+    return [openvino.Model(first, network.get_parameters()), openvino.Model(rest, maps)]
 
 
 def open_engine(

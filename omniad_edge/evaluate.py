@@ -1,7 +1,7 @@
 """Scores of many images: for evaluation, for calibration and for the export's parity gate."""
 
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -17,6 +17,7 @@ from .files import file_sha256
 from .image import read_image
 from .metrics import ProductMetrics, evaluate_maps
 from .progress import counting
+from .recognition import ProductLimit, ProductSpace, Recogniser, limit_of, read_recogniser, shown_product
 from .report import Case, ProductScores, choose_cases, write_report
 from .result import Result, decide
 from .tiles import Predict
@@ -25,11 +26,12 @@ from .training_images import check_memory
 
 @dataclass(frozen=True)
 class Predictions:
-    """anomaly_maps (N, H, W) and pred_scores (N,), float32, of `images`."""
+    """anomaly_maps (N, H, W), pred_scores (N,) and, where they were computed, embeddings (N, D) of `images`."""
 
     images: Images
     anomaly_maps: np.ndarray
     pred_scores: np.ndarray
+    embeddings: np.ndarray | None = None
 
     def of(self, product: str) -> np.ndarray:
         """Indices of a product's images."""
@@ -51,12 +53,14 @@ def predict_images(
     """Run `predict` over all images; progress is called with the number done."""
     count, height, width, _ = images.pixels.shape
     anomaly_maps, pred_scores = np.empty((count, height, width), np.float32), np.empty(count, np.float32)
+    embeddings = []
     for start in range(0, count, batch):
         part = slice(start, start + batch)
-        anomaly_maps[part], pred_scores[part] = predict(images.pixels[part])
+        anomaly_maps[part], pred_scores[part], *embedding = predict(images.pixels[part])
+        embeddings += [some for some in embedding if some is not None]
         if progress:
             progress(min(start + batch, count))
-    return Predictions(images, anomaly_maps, pred_scores)
+    return Predictions(images, anomaly_maps, pred_scores, np.concatenate(embeddings) if embeddings else None)
 
 
 def check_maps_fit(count: int, size: tuple[int, int], maps: int = 1) -> None:
@@ -113,11 +117,28 @@ def first_calibrations(predictions: Predictions, data: Path, holdout: list[str])
 
     Where nothing was held out they come from images that were trained on, and say so.
     """
-    unseen = {(data / path).resolve() for path in holdout}
-    covered = {sample.product for sample in predictions.images.samples if sample.path.resolve() in unseen}
+    covered = held_out_products(predictions, data, holdout)
     return {
         product: made if product in covered else replace(made, false_reject_bound=None, source="training")
         for product, made in calibrate_products(predictions).items()
+    }
+
+
+def held_out_products(predictions: Predictions, data: Path, holdout: list[str]) -> set[str]:
+    """Products of which training held out images."""
+    unseen = {(data / path).resolve() for path in holdout}
+    return {sample.product for sample in predictions.images.samples if sample.path.resolve() in unseen}
+
+
+def product_limits(
+    predictions: Predictions, space: ProductSpace, used_for_fit: Container[str] = ()
+) -> dict[str, ProductLimit]:
+    """Of recognition, from predictions of good images with embeddings."""
+    return {
+        product: limit_of(
+            space.own_distances(predictions.embeddings[predictions.of(product)], product), product in used_for_fit
+        )
+        for product in predictions.products
     }
 
 
@@ -132,6 +153,7 @@ class Model:
     size: tuple[int, int]
     calibrations: dict[str, Calibration]
     facts: dict[str, str]
+    recogniser: Recogniser | None = None
 
 
 def open_model(path: Path, data: Path) -> Model:
@@ -143,7 +165,7 @@ def open_model(path: Path, data: Path) -> Model:
         bundle = read_bundle(path)
         engine = open_engine(bundle)
         facts = bundle.manifest["model"] | {"engine": engine.reason}
-        return Model(engine.run, bundle.tiling.size, bundle.products, words(facts))
+        return Model(engine.run_all, bundle.tiling.size, bundle.products, words(facts), read_recogniser(bundle))
     from .weights import load_run
 
     network, facts = load_run(path)
@@ -202,8 +224,20 @@ def evaluate_model(path: Path, data: Path, published: bool = False) -> Evaluatio
         images = load_images(samples, *model.size)
         predictions = predict_images(model.predict, images, progress=progress)
     form = "published grids" if published else "exact"
-    facts = {"data": str(data), "pixel F1-max and AUPRO": form} | model.facts
+    facts = {"data": str(data), "pixel F1-max and AUPRO": form, **recognised(predictions, model.recogniser)}
+    facts |= model.facts
     return Evaluation(evaluate(predictions, published), predictions, model.calibrations, facts)
+
+
+def recognised(predictions: Predictions, recogniser: Recogniser | None) -> dict[str, str]:
+    """For people: how many of the images are recognised as what they are; empty where nothing recognises them."""
+    if recogniser is None or predictions.embeddings is None:
+        return {}
+    samples, ratios = predictions.images.samples, recogniser.ratios(predictions.embeddings)
+    right = np.array([shown_product(r, s.product) == s.product for r, s in zip(ratios, samples, strict=True)])
+    good = ~predictions.labels
+    of = (f"{right[some].sum()} of {some.sum()} {kind}" for kind, some in (("good", good), ("defective", ~good)))
+    return {"product recognised": ", ".join(of)}
 
 
 def report_evaluation(
@@ -266,7 +300,10 @@ def calibrate_bundle(
     check_maps_fit(len(unseen), contents.tiling.size)
     with counting("inspecting", len(unseen)) as progress:
         images = load_images(unseen, *contents.tiling.size)
-        predictions = predict_images(engine.run, images, progress=progress)
+        predictions = predict_images(engine.run_all, images, progress=progress)
     calibrations = calibrate_products(predictions, max_false_reject, confidence)
-    set_thresholds(bundle, calibrations, f"calibrated with {engine.backend} in {engine.precision}")
+    recogniser, limits = read_recogniser(contents), {}
+    if recogniser is not None and predictions.embeddings is not None:
+        limits = product_limits(predictions, recogniser.space)
+    set_thresholds(bundle, calibrations, f"calibrated with {engine.backend} in {engine.precision}", limits)
     return calibrations, len(samples) - len(unseen)

@@ -33,6 +33,7 @@ class FusedEngine:
 
     backend = "fused"
     precision = "fp16"
+    embeds = False
 
     def __init__(self, bundle: Bundle, reason: str = "asked for") -> None:
         arch = device_architecture()
@@ -51,14 +52,17 @@ class FusedEngine:
         outputs = [self.executor.run(images) for images in in_batches(pixels)]
         return tuple(map(np.concatenate, zip(*outputs, strict=True)))
 
+    def run_all(self, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray, None]:
+        return *self.run(pixels), None
+
     def frame_size(self, frame: FrameArray) -> tuple[int, int]:
         return self.executor.frame_size(frame)
 
-    def run_frames(self, frames: Sequence[FrameArray]) -> tuple[np.ndarray, np.ndarray, list[float]]:
+    def run_frames(self, frames: Sequence[FrameArray]) -> tuple[np.ndarray, np.ndarray, None, list[float]]:
         """Resized on the GPU. A frame may lie there: with DLPack or __cuda_array_interface__, C-contiguous."""
         outputs = [self.executor.run_frames(some) for some in in_batches(frames)]
         anomaly_map, pred_score, preprocess_ms = zip(*outputs, strict=True)
-        return np.concatenate(anomaly_map), np.concatenate(pred_score), list(chain(*preprocess_ms))
+        return np.concatenate(anomaly_map), np.concatenate(pred_score), None, list(chain(*preprocess_ms))
 
 
 class PythonExecutor:

@@ -355,11 +355,24 @@ class OmniAD(nn.Module):
     @torch.inference_mode()
     def predict(self, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """pixels (N, H, W, 3) uint8 RGB -> smoothed anomaly_map (N, H, W), pred_score (N,): its maximum."""
+        return self.predict_all(pixels)[:2]
+
+    @torch.inference_mode()
+    def predict_all(self, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The same, and the embedding (N, D): the teacher's features averaged over positions."""
         height, width = pixels.shape[1:3]
+        teacher, student = self(self.image(pixels))
+        maps = anomaly_map(teacher, student, height, width)
+        return tuple(value.cpu().numpy() for value in (maps, maps.amax((1, 2)), mean_features(teacher)))
+
+    @torch.inference_mode()
+    def embed(self, pixels: np.ndarray) -> np.ndarray:
+        """pixels (N, H, W, 3) uint8 RGB -> the embedding alone, of the teacher alone."""
+        return mean_features(self.teacher(self.image(pixels))).cpu().numpy()
+
+    def image(self, pixels: np.ndarray) -> Tensor:
         like = next(self.parameters())
-        image = normalise(torch.from_numpy(pixels).to(like.device), like)
-        maps = anomaly_map(*self(image), height, width)
-        return maps.cpu().numpy(), maps.amax((1, 2)).cpu().numpy()
+        return normalise(torch.from_numpy(pixels).to(like.device), like)
 
 
 def normalise(pixels: Tensor, like: Tensor) -> Tensor:
@@ -367,6 +380,11 @@ def normalise(pixels: Tensor, like: Tensor) -> Tensor:
     x = pixels.permute(0, 3, 1, 2).to(like) / 255
     mean, std = (x.new_tensor(v).view(1, 3, 1, 1) for v in (IMAGENET_MEAN, IMAGENET_STD))
     return (x - mean) / std
+
+
+def mean_features(features: tuple[Tensor, ...]) -> Tensor:
+    """(N, C, H, W) each -> (N, sum of C)."""
+    return torch.cat([x.mean((2, 3)) for x in features], dim=1)
 
 
 def reconstruction_loss(teacher: tuple[Tensor, ...], student: tuple[Tensor, ...]) -> Tensor:

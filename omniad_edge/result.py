@@ -10,8 +10,9 @@ from .errors import EngineError, InputError
 from .frame import Frame
 from .image import check_frame
 
-SCHEMA = 1  # of Result.to_dict
+SCHEMA = 2  # of Result.to_dict; since 2 pred_label may say that the frame does not show the product
 GOOD, DEFECTIVE = "good", "defective"
+UNKNOWN_PRODUCT, WRONG_PRODUCT = "unknown product", "wrong product"
 MAX_REGIONS = 100
 
 
@@ -36,10 +37,13 @@ class Region:
 class Result:
     """The verdict on one frame.
 
-    pred_label:   "good" or "defective"; defective exactly if pred_score > threshold
+    pred_label:   "good" or "defective", by pred_score > threshold, of a frame that shows `product`; else "unknown
+                  product" where it shows none of the bundle's, "wrong product" where another than was named
     pred_score:   maximum of the anomaly map; raw, never clamped or rescaled
     threshold:    of `product`, in the same unit
-    product:      whose threshold was used; `product_assumed` if the caller did not name it
+    product:      whose threshold was used; `product_assumed` if the caller did not name it, nor was it recognised
+    product_shown: the product that was recognised, "" where none of the bundle's fits; None: not looked at
+    product_distance: from `product`, or unless the caller named it from the nearest one; above 1 it does not fit
     anomaly_map:  (H, W) float32, >= 0, of the size that a frame is resized to
     pred_mask:    (H, W) bool, anomaly_map > threshold
     regions:      connected areas of the mask in frame pixels, highest peak first, at most 100
@@ -64,14 +68,24 @@ class Result:
     backend: str
     precision: str
     frame: Frame | None = field(default=None, repr=False)
+    product_shown: str | None = None
+    product_distance: float | None = None
 
     @property
     def is_defective(self) -> bool:
         return self.pred_label == DEFECTIVE
 
+    @property
+    def product_fault(self) -> str:
+        """In words, that the frame does not show the product it should; "" if it does or was not looked at."""
+        if self.pred_label == WRONG_PRODUCT:
+            return f"wrong product: shows {self.product_shown}, expected {self.product}"
+        return UNKNOWN_PRODUCT if self.pred_label == UNKNOWN_PRODUCT else ""
+
     def to_dict(self) -> dict:
         """JSON-safe, without the arrays; `schema` changes when a field changes its meaning or goes."""
         names = ["pred_label", "pred_score", "threshold", "product", "product_assumed"]
+        names += ["product_shown", "product_distance"]
         names += ["frame_height", "frame_width", "speed_ms", "backend", "precision"]
         return {
             "schema": SCHEMA,

@@ -28,7 +28,7 @@ class SelfTest:
     def check(self, engine) -> None:
         """Raises EngineError if the engine's maps or scores of these images are not the trained network's."""
         for image, truth in zip(self.pixels, self.anomaly_maps, strict=True):
-            maps, scores, _ = engine.run_frames([image[..., ::-1]])  # resizing to the same size is a copy
+            maps, scores, *_ = engine.run_frames([image[..., ::-1]])  # resizing to the same size is a copy
             check_error(engine, "anomaly map", float(np.abs(maps[0] - truth).max()), MAX_MAP_ERROR)
             if self.score_deviation:
                 error = abs(float(scores[0]) - float(truth.max())) / self.score_deviation

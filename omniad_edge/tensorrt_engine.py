@@ -32,6 +32,7 @@ from .kernels.schedule import arrange
 from .plan_cache import PlanCache, StoredPlan, conditions, digest
 from .preprocess import resize
 from .progress import say
+from .recognition import embedding_channels
 from .self_test import read_self_test
 from .tensorrt_library import find_plugin, import_tensorrt, load_plugin, new_log
 
@@ -66,6 +67,8 @@ class TensorRtEngine:
         self.target = target = target or Target(bundle)
         self.reason = f"{reason}; {target.graph}"
         self.input_size = bundle.height, bundle.width
+        self.channels = embedding_channels(bundle)
+        self.embeds = self.channels > 0
         self.front, self.kernels = front_of(bundle, target.arch)
         self.lock, self.graphs = threading.Lock(), {}
         context, owned = Context(target.driver), ExitStack()
@@ -112,6 +115,9 @@ class TensorRtEngine:
             raise self.log.failure(f"cannot load its engine; delete {self.path}")
 
     def run(self, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return self.run_all(pixels)[:2]
+
+    def run_all(self, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
         return joined([graph.run({"pixels": some}) for graph, some in self.split(pixels)])
 
     def frame_size(self, frame: FrameArray) -> tuple[int, int]:
@@ -120,11 +126,13 @@ class TensorRtEngine:
         check_frame(frame)
         return frame.shape[:2]
 
-    def run_frames(self, frames: Sequence[FrameArray]) -> tuple[np.ndarray, np.ndarray, list[float]]:
+    def run_frames(
+        self, frames: Sequence[FrameArray]
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, list[float]]:
         """Resized on the GPU if the bundle has that kernel for it: then a frame may lie there, as for `fused`."""
         if self.front is None:
             pixels, preprocess_ms = self.resized(frames)
-            return *self.run(pixels), preprocess_ms
+            return *self.run_all(pixels), preprocess_ms
         made, preprocess_ms = [], []
         for graph, some in self.split(frames):
             outputs, milliseconds = graph.run_frames(some)
@@ -151,7 +159,7 @@ class TensorRtEngine:
     def graph(self, batch: int) -> "TensorRtGraph":
         with self.lock:
             if batch not in self.graphs:
-                plan = io_plan(batch, *self.input_size, self.front)
+                plan = io_plan(batch, *self.input_size, self.front, self.channels)
                 profile = self.batches.index(batch)
                 self.graphs[batch] = TensorRtGraph(self, profile, plan)
             return self.graphs[batch]
@@ -325,13 +333,18 @@ def front_of(bundle: Bundle, arch: int) -> tuple[Plan | None, list[Kernel]]:
         raise BundleError(f"fused/* is not as omniad-export writes it: {exc!r}; export again") from exc
 
 
-def io_plan(batch: int, height: int, width: int, front: Plan | None) -> Plan:
-    """What goes in and out of the engine, and the front's buffers, without launches."""
+def io_plan(batch: int, height: int, width: int, front: Plan | None, channels: int) -> Plan:
+    """What goes in and out of the engine, and the front's buffers, without launches.
+
+    channels: of the embedding; 0 without one
+    """
     buffers = {
         "pixels": Buffer((batch, height, width, 3), "uint8", "input", 0),
         "anomaly_map": Buffer((batch, height, width), "float32", "output", 0),
         "pred_score": Buffer((batch,), "float32", "output", 0),
     }
+    if channels:
+        buffers["embedding"] = Buffer((batch, channels), "float32", "output", 0)
     if front is None:
         return arrange(batch, height, width, buffers, ())
     (resizing,) = front.front.calls
@@ -339,6 +352,9 @@ def io_plan(batch: int, height: int, width: int, front: Plan | None) -> Plan:
     return arrange(batch, height, width, buffers, (), front.front)
 
 
-def joined(outputs: Sequence[dict[str, np.ndarray]]) -> tuple[np.ndarray, np.ndarray]:
-    """anomaly_map and pred_score of all batches."""
-    return tuple(np.concatenate([made[name] for made in outputs]) for name in ("anomaly_map", "pred_score"))
+def joined(outputs: Sequence[dict[str, np.ndarray]]) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """anomaly_map, pred_score and, if there is one, embedding of all batches."""
+    names = ("anomaly_map", "pred_score", "embedding")
+    return tuple(
+        np.concatenate([made[name] for made in outputs]) if name in outputs[0] else None for name in names
+    )

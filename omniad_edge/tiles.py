@@ -22,7 +22,7 @@ MAX_SIDE_PX = 16384  # of an image
 AT_ONCE = 8  # tiles per call of an engine, for which those on a GPU have a graph; bounds memory on a CPU
 
 # pixels (N, H, W, 3) uint8 RGB -> anomaly_map (N, H, W) and pred_score (N,), float32
-Predict = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
+Predict = Callable[[np.ndarray], tuple]
 
 
 @dataclass(frozen=True)
@@ -76,19 +76,24 @@ class Tiling:
             merged[place] += y * x * anomaly_map
         return merged
 
-    def predict(self, network: Predict, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def predict(self, network: Predict, pixels: np.ndarray) -> tuple:
         """What `network` finds in images (N, rows, columns, 3): maps (N, rows, columns) and scores, their maxima.
+
+        Where it gives embeddings, also (N, D): the mean of each image's tiles.
 
         Each image's tiles are computed by themselves, so that a map does not depend on the images beside it.
         """
         if self.count == 1:
             return network(pixels)
-        anomaly_maps = np.empty((len(pixels), *self.size), np.float32)
+        anomaly_maps, embeddings = np.empty((len(pixels), *self.size), np.float32), []
         for image, anomaly_map in zip(pixels, anomaly_maps, strict=True):
             tiles = self.cut(image)
-            parts = [network(tiles[start : start + AT_ONCE])[0] for start in range(0, len(tiles), AT_ONCE)]
-            anomaly_map[:] = self.merge(np.concatenate(parts))
-        return anomaly_maps, anomaly_maps.max((1, 2))
+            parts = [network(tiles[start : start + AT_ONCE]) for start in range(0, len(tiles), AT_ONCE)]
+            anomaly_map[:] = self.merge(np.concatenate([maps for maps, *_ in parts]))
+            given = [embedding for _, _, *rest in parts for embedding in rest if embedding is not None]
+            embeddings += [np.concatenate(given).mean(0)] if given else []
+        made = anomaly_maps, anomaly_maps.max((1, 2))
+        return (*made, np.stack(embeddings)) if embeddings else made
 
     def __str__(self) -> str:
         whole = f"{self.columns}x{self.rows}"

@@ -9,7 +9,7 @@ from datetime import datetime, timezone
 from importlib.resources import files
 
 from .frame import Frame
-from .result import DEFECTIVE, Result
+from .result import GOOD, Result
 
 SCHEMA = 1  # of every record; changes when a field changes its meaning or goes
 ACCEPT, REJECT, NO_VERDICT = "accept", "reject", "no_verdict"
@@ -49,8 +49,8 @@ class Verdict:
     """The one answer to one part.
 
     decision:    "accept", "reject" or "no_verdict"
-    reason:      in words, why it is not simply the network's: "deadline: ...", "camera lost", "black frame", ...;
-                 "" where the network decided
+    reason:      in words, why it is not simply the network's: "deadline: ...", "camera lost", "black frame",
+                 "unknown product", ...; "" where the network decided
     results:     one per frame of the part that was inspected in time; frames: all that were taken for it
     latency_ms:  from the trigger to here; age_ms: from the first frame's arrival to here, None without a frame
     """
@@ -157,6 +157,10 @@ def frame_dict(frame: Frame) -> dict:
 
 
 def combine(results: tuple[Result, ...], rule: str) -> str:
-    """Of several views of a part: "any" rejects if one is defective, "all" only if every one is."""
-    defective = [result.pred_label == DEFECTIVE for result in results]
-    return REJECT if (any(defective) if rule == "any" else all(defective)) else ACCEPT
+    """Of several views of a part: "any" rejects if one is defective, "all" only if every one is.
+
+    Either rejects if one does not show the product.
+    """
+    bad = [result.pred_label != GOOD for result in results]
+    bad_enough = any(bad) if rule == "any" else all(bad)
+    return REJECT if bad_enough or any(result.product_fault for result in results) else ACCEPT

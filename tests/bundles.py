@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from omniad_edge.bundle import Bundle, read_bundle
+from omniad_edge.bundle import SCHEMA, Bundle, read_bundle
 from omniad_edge.calibration import calibrate
 from omniad_edge.errors import BundleError
 
@@ -34,6 +34,7 @@ def manifest(**changes) -> dict:
         },
         "outputs": ["anomaly_map", "pred_score"],
         "products": {"screw": SCREW.to_dict(), "tile": TILE.to_dict()},
+        "recognition": {},
         "parity": {"max_error": 1e-5},
         "trained_on": ["0123456789abcdef"],
         "history": [],
@@ -43,7 +44,7 @@ def manifest(**changes) -> dict:
 def full(changes: dict | None = None, parts: dict = PARTS) -> dict:
     """A manifest as it stands in the file."""
     listed = {n: {"sha256": hashlib.sha256(d).hexdigest(), "bytes": len(d)} for n, d in parts.items()}
-    return manifest(format="omniad-bundle", schema=1, parts=listed) | (changes or {})
+    return manifest(format="omniad-bundle", schema=SCHEMA, parts=listed) | (changes or {})
 
 
 def seal(data: bytes) -> bytes:

@@ -306,11 +306,8 @@ class IExecutionContext:
 
     def _compute(self) -> None:
         pixels = _state.cuda.array(self._addresses["pixels"], np.uint8, *self._shape)
-        for name, value in zip(
-            ("anomaly_map", "pred_score"),
-            self._engine._session.run(["anomaly_map", "pred_score"], {"pixels": pixels}),
-            strict=True,
-        ):
+        names = [output.name for output in self._engine._session.get_outputs()]
+        for name, value in zip(names, self._engine._session.run(names, {"pixels": pixels}), strict=True):
             _state.cuda.array(self._addresses[name], np.float32, *value.shape)[:] = value + _state.error
 
     def __del__(self) -> None:

@@ -54,7 +54,7 @@ def engine(bundle: str, file: str) -> None:
     frames[3].flags.writeable = pixels.flags.writeable = False
     assert [chosen.frame_size(frame) for frame in frames] == [frame.shape[:2] for frame in frames]
     anomaly_map, pred_score = chosen.run(pixels)
-    frame_map, frame_score, preprocess_ms = chosen.run_frames(frames)
+    frame_map, frame_score, _, preprocess_ms = chosen.run_frames(frames)
     assert len(preprocess_ms) == len(frames) and min(preprocess_ms) > 0
     np.savez(file, maps=anomaly_map, scores=pred_score, frame_maps=frame_map, frame_scores=frame_score)
 

@@ -39,6 +39,12 @@ def make_result(score: float = 0.8, threshold: float = 0.5, product: str = "gear
     return Result(**decision, product=product, product_assumed=False, speed_ms=speed_ms, **rest)
 
 
+def of_another_product(shown: str = "") -> Result:
+    """Of a frame that should show a gear. shown: the product it shows; "" for none that is known."""
+    label = "wrong product" if shown else "unknown product"
+    return replace(make_result(0.2), pred_label=label, product_shown=shown, product_distance=3.0)
+
+
 def make_origin(number: int, time: str = TIME, run: str = "a1b2") -> Origin:
     return Origin("line3", run, number, time)
 

@@ -6,7 +6,7 @@ import json
 import os
 import time
 import zipfile
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +27,7 @@ from bundles import (
 from omniad_edge import bundle as bundle_module
 from omniad_edge.bundle import SCHEMA, Bundle, read_bundle, set_thresholds, write_bundle
 from omniad_edge.errors import BundleError, InputError
+from omniad_edge.recognition import limit_of, read_recogniser
 
 
 @pytest.fixture
@@ -141,8 +142,9 @@ def test_newer_schema_whatever_else_is_new(scratch, schema, members):
 
 def test_older_schema_is_upgraded_step_by_step(path, monkeypatch):
     old = read_bundle(path)
-    monkeypatch.setattr(bundle_module, "SCHEMA", 3)
+    monkeypatch.setattr(bundle_module, "SCHEMA", 4)
     steps = (
+        *bundle_module.UPGRADES,
         lambda m: m | {"model": m["model"] | {"a": 1}},
         lambda m: m | {"model": m["model"] | {"b": m["model"]["a"] + 1}},
     )
@@ -150,9 +152,9 @@ def test_older_schema_is_upgraded_step_by_step(path, monkeypatch):
     assert read_bundle(path).manifest["model"] == old.manifest["model"] | {"a": 1, "b": 2}
     set_thresholds(path, {"screw": TILE}, "calibrate")
     new = read_bundle(path).manifest
-    assert new["schema"] == 3 and new["model"]["b"] == 2
+    assert new["schema"] == 4 and new["model"]["b"] == 2
     monkeypatch.undo()
-    with pytest.raises(BundleError, match=r"newer version \(schema 3, this one reads up to 1\)"):
+    with pytest.raises(BundleError, match=r"newer version \(schema 4, this one reads up to 2\)"):
         read_bundle(path)
 
 
@@ -263,3 +265,18 @@ def test_interrupted_write_leaves_the_old_bundle(path, monkeypatch, target, fail
     assert path.read_bytes() == before
     assert list(path.parent.iterdir()) == [path]
     assert read_bundle(path).products["screw"] == SCREW
+
+
+def test_a_bundle_from_before_recognition_recognises_nothing(scratch):
+    before = {key: value for key, value in full({"schema": 1}).items() if key != "recognition"}
+    read = read_bytes(scratch, zipped([("manifest.json", json.dumps(before)), *PARTS.items()]))
+    assert read.recognition == {} and read.manifest == full() and read_recogniser(read) is None
+
+
+def test_limits_of_recognition_are_replaced_with_the_thresholds(scratch):
+    limits = {"screw": limit_of(np.ones(20)), "tile": limit_of(np.ones(3), used_for_fit=True)}
+    write_bundle(scratch, manifest(recognition={name: asdict(limit) for name, limit in limits.items()}), PARTS)
+    assert read_bundle(scratch).recognition == limits
+    new = {"screw": limit_of(np.full(400, 2.0))}
+    set_thresholds(scratch, {"screw": TILE}, "calibrate", new)
+    assert read_bundle(scratch).recognition == limits | new

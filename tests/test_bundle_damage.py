@@ -8,6 +8,7 @@ import struct
 import tracemalloc
 import zipfile
 import zlib
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,7 @@ from hypothesis import strategies as st
 from omniad_edge.bundle import read_bundle, set_thresholds, write_bundle
 from omniad_edge.calibration import Calibration
 from omniad_edge.errors import BundleError
+from omniad_edge.recognition import limit_of
 
 
 @pytest.fixture
@@ -340,7 +342,7 @@ def test_64_bit_directory(scratch):
         (b"{}", "format"),
         (b'{"format": "zip"}', "format"),
         (b'{"format": "omniad-bundle"}', "schema must be a whole number from 1, got None"),
-        (b'{"format": "omniad-bundle", "schema": 1}', "created must be a string"),
+        (b'{"format": "omniad-bundle", "schema": 2}', "created must be a string"),
     ],
 )
 def test_manifest_that_is_none(scratch, text, reason):
@@ -358,6 +360,7 @@ def without(values: dict, key: str) -> dict:
     return {k: v for k, v in values.items() if k != key}
 
 
+LIMIT = asdict(limit_of(np.ones(20)))
 SIZES = [0, -32, 1, 31, 33, 100, 4097, 4128, 10**9, 10**400, 256.0, "256", None, True, [256]]
 WRONG = [
     *({"input": manifest()["input"] | {key: size}} for key in ("height", "width") for size in SIZES),
@@ -377,6 +380,17 @@ WRONG = [
     *({"products": value} for value in ({}, [], {"": TILE.to_dict()}, {"a\x1b[31m": TILE.to_dict()}, {"a": None})),
     *({"products": {"a": TILE.to_dict() | {"threshold": v}}} for v in (None, "0.5", True, [], 10**400)),
     *({"products": {"a": without(TILE.to_dict(), key)}} for key in TILE.to_dict()),
+    *({"recognition": value} for value in (None, [], {"screw": LIMIT}, {"other": LIMIT, "tile": LIMIT})),
+    *(
+        {"recognition": {"screw": LIMIT, "tile": LIMIT | changes}}
+        for changes in (
+            *({"limit": value} for value in (0, -1.0, "1", None, True, 10**400)),
+            *({"n_good": value} for value in (0, 1.5, None)),
+            *({"false_unknown_bound": value} for value in (-0.1, 1.1, "0")),
+            {"confidence": 1.0},
+            {"more": 1},
+        )
+    ),
     *({"history": value} for value in ({}, [1], [{}], [[]])),
     *({"parts": value} for value in ([], {"weights.onnx": 1}, {"weights.onnx": {}}, {"manifest.json": {}})),
     *(

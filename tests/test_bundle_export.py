@@ -42,7 +42,7 @@ def rewritten(run, folder: Path, **changes) -> Path:
 def test_a_bundle_of_fp32(small_run, small_bundle):
     bundle = read_bundle(small_bundle)
     manifest = bundle.manifest
-    assert sorted(bundle.parts) == ["graphs/cpu.onnx", "weights.onnx"]
+    assert sorted(bundle.parts) == ["graphs/cpu.onnx", "recognition.npz", "weights.onnx"]
     assert (bundle.precision, bundle.height, bundle.width) == ("fp32", 64, 64)
     assert manifest["model"]["depths"] == [1, 1, 1, 1]
     assert manifest["model"]["backbone_weights"] == "none (random, seed 42)"
@@ -73,7 +73,7 @@ def half_bundle(small_run, tmp_path_factory):
 def test_a_bundle_of_fp16_has_half_the_size_and_one_graph_more(half_bundle, small_bundle):
     bundle = read_bundle(half_bundle[0])
     graphs = ["graphs/cpu.onnx", "graphs/fp16.onnx"]
-    assert sorted(bundle.parts) == ["fused/self_test.onnx", *graphs, "weights.onnx"]
+    assert sorted(bundle.parts) == ["fused/self_test.onnx", *graphs, "recognition.npz", "weights.onnx"]
     assert bundle.precision == "fp16"
     assert 0.5 < half_bundle[0].stat().st_size / small_bundle.stat().st_size < 0.53
 
@@ -143,9 +143,9 @@ def test_the_gate_looks_at_32_images_of_a_kind(monkeypatch, tmp_path):
 class Wrong(OnnxRuntimeEngine):
     """An engine that is off by as much as no rounding is."""
 
-    def run(self, pixels):
-        maps, scores = super().run(pixels)
-        return maps + np.float32(1e-2), scores + np.float32(1e-2)
+    def run_all(self, pixels):
+        maps, scores, embedding = super().run_all(pixels)
+        return maps + np.float32(1e-2), scores + np.float32(1e-2), embedding
 
 
 @pytest.mark.parametrize("before", [None, b"an older bundle"])

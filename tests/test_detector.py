@@ -19,14 +19,16 @@ from omniad_edge.bundle import read_bundle, set_thresholds, write_bundle
 from omniad_edge.engine import CpuEngine
 from omniad_edge.errors import BundleError, EngineError, InputError
 from omniad_edge.preprocess import resize
+from omniad_edge.recognition import RECOGNITION
 
 
 @pytest.fixture(scope="module")
 def bundle(small_bundle, tmp_path_factory) -> Path:
-    """Three products, board with the lowest threshold; a good part scores above board's only."""
+    """Three products, which it cannot recognise; a good part scores above the threshold of board only."""
     path = tmp_path_factory.mktemp("detector") / "line.omniad"
-    path.write_bytes(small_bundle.read_bytes())
-    products = read_bundle(path).products
+    contents = read_bundle(small_bundle)
+    products, parts = contents.products, {k: v for k, v in contents.parts.items() if k != RECOGNITION}
+    write_bundle(path, contents.manifest | {"recognition": {}}, parts)
     limits = {"board": 0.01, "cap": 0.9, "gear": 0.8}
     set_thresholds(path, {name: products[name].with_threshold(t) for name, t in limits.items()}, "for this test")
     return path

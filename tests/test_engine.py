@@ -243,9 +243,9 @@ def test_calls_that_use_every_core_take_turns(bundle, pixels, threads, at_once):
             both.set()
         both.wait(0.3)
         inside -= 1
-        return pixels[..., 0], pixels[:, 0, 0, 0]
+        return pixels[..., 0], pixels[:, 0, 0, 0], None
 
-    opened.run = run
+    opened.run_all = run
     callers = [threading.Thread(target=opened.run_frames, args=([pixels[0]],)) for _ in range(2)]
     for caller in callers:
         caller.start()

@@ -8,7 +8,7 @@ from golden import golden_model
 from omniad_edge.anomaly_map import anomaly_map
 from omniad_edge.kernels.fold import fold
 from omniad_edge.kernels.network import TorchOps, backbone, decoder, forward, neck
-from omniad_edge.model import ATTENTION_OUTPUTS, ATTENTIONS, BRANCHES, normalise
+from omniad_edge.model import ATTENTION_OUTPUTS, ATTENTIONS, BRANCHES, mean_features, normalise
 
 SMALL = {"backbone": "resnet18", "depths": (1, 1, 1, 1), "height": 64, "width": 96}
 ORDERS = [{"attention": a, "attention_output": o} for a in ATTENTIONS for o in ATTENTION_OUTPUTS]
@@ -39,9 +39,10 @@ def test_fold_is_exact(sizes, rng):
         assert relative_error(folded.reshape(plain.shape), plain) <= 1e-12
 
     truth = anomaly_map(teacher, student, config.height, config.width)
-    maps, scores = forward(ops, network, pixels)
+    maps, scores, embedding = forward(ops, network, pixels)
     assert relative_error(maps, truth) <= 1e-12
     assert torch.equal(scores, maps.amax((1, 2)))
+    assert relative_error(embedding, mean_features(teacher)) <= 1e-12
 
 
 def relative_error(value: torch.Tensor, truth: torch.Tensor) -> float:

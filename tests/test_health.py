@@ -13,6 +13,7 @@ import pytest
 from line_stand_in import SIDE, TOP, StandInLine, late, result, status, verdict
 from prometheus_client import REGISTRY
 from prometheus_client.parser import text_string_to_metric_families as families
+from records import of_another_product
 
 from omniad_edge.errors import InputError, MissingDependencyError, OutputError
 from omniad_edge.line import health as health_module
@@ -108,6 +109,15 @@ def test_parts_events_and_times_come_from_records(health):
     assert now["omniad_stage_seconds_bucket", "0.01", "engine"] == 4
     assert now["omniad_part_latency_seconds_sum",] == pytest.approx(3 * 0.02 + 0.3)
     assert now["omniad_frame_age_seconds_count",] == 4
+
+
+def test_frames_of_other_products_are_counted_apart_from_scores(health):
+    health.write([verdict(0.2), replace(verdict(0.2), results=(of_another_product(), of_another_product("cap")))])
+    now = samples(health)
+    assert now["omniad_other_products_total", "unknown product"] == 1
+    assert now["omniad_other_products_total", "wrong product"] == 1
+    assert now["omniad_stage_seconds_count", "engine"] == 3
+    assert {name[-1] for name in now if name[0] == "omniad_score"} == {"cap"}
 
 
 def test_score_quantiles_are_of_the_newest_scores_of_a_product(health):

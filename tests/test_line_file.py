@@ -438,7 +438,7 @@ def test_check_says_what_would_run_and_does_nothing(real_folder):
     done = omniad("--check", path)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.splitlines()[0] == f"{path}: no mistakes"
-    for words in ("line     line3", "product  none named", "ONNX Runtime in fp32", "rtsp://***@127.0.0.1:9/1"):
+    for words in ("line     line3", "product  as recognised", "ONNX Runtime in fp32", "rtsp://***@127.0.0.1:9/1"):
         assert words in done.stdout
     assert "every frame is a part, policy every, within 50 ms, else reject" in done.stdout
     assert f"JSON lines {real_folder}/v.jsonl" in done.stdout and "s3cr3t" not in done.stdout

@@ -19,7 +19,7 @@ def run(model: bytes, pixels: np.ndarray) -> list[np.ndarray]:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = 2
     session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    return session.run(["anomaly_map", "pred_score"], {"pixels": pixels})
+    return session.run(["anomaly_map", "pred_score", "embedding"], {"pixels": pixels})
 
 
 def random_pixels(model, batch: int) -> np.ndarray:
@@ -28,8 +28,8 @@ def random_pixels(model, batch: int) -> np.ndarray:
 
 
 @torch.inference_mode()
-def reference(model, pixels: np.ndarray, dtype=torch.float64) -> np.ndarray:
-    return forward(TorchOps(dtype), fold(model), torch.from_numpy(pixels))[0].double().numpy()
+def reference(model, pixels: np.ndarray, dtype=torch.float64, output: int = 0) -> np.ndarray:
+    return forward(TorchOps(dtype), fold(model), torch.from_numpy(pixels))[output].double().numpy()
 
 
 @pytest.mark.parametrize(
@@ -48,11 +48,12 @@ def reference(model, pixels: np.ndarray, dtype=torch.float64) -> np.ndarray:
 def test_equals_the_reference_in_fp32(sizes):
     model = golden_model(**(SMALL | sizes))
     pixels = random_pixels(model, 2)
-    truth, torch_fp32 = reference(model, pixels), reference(model, pixels, torch.float32)
     graph, weights = build_graph(fold(model), half=False, half_weights=False)
-    maps, scores = run(graph + weights_message(weights), pixels)
-    rounding = np.finfo(np.float32).eps * np.abs(truth).max()
-    assert np.abs(maps - truth).max() <= 2 * np.abs(torch_fp32 - truth).max() + rounding
+    maps, scores, embedding = run(graph + weights_message(weights), pixels)
+    for output, made in ((0, maps), (2, embedding)):
+        truth, torch_fp32 = (reference(model, pixels, dtype, output) for dtype in (torch.float64, torch.float32))
+        rounding = np.finfo(np.float32).eps * np.abs(truth).max()
+        assert np.abs(made - truth).max() <= 2 * np.abs(torch_fp32 - truth).max() + rounding
     assert (scores == maps.max((1, 2))).all()
 
 
@@ -92,8 +93,8 @@ def test_fp16_error_is_that_of_fp16(half):
     pixels = random_pixels(model, 2)
     truth = reference(model, pixels)
     graph, weights = build_graph(fold(model), half, half_weights=True)
-    maps, scores = run(graph + weights_message(weights), pixels)
-    assert maps.dtype == scores.dtype == np.float32
+    maps, scores, embedding = run(graph + weights_message(weights), pixels)
+    assert maps.dtype == scores.dtype == embedding.dtype == np.float32
     # fp16 rounds to 2^-11; the plain model with its weights and activations so rounded loses this much.
     plain = reference_in_fp16(model, pixels)
     assert np.abs(maps - truth).max() <= 2 * np.abs(plain - truth).max()

@@ -1,6 +1,7 @@
 """The parity gate on made-up predictions: each limit by itself."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,7 +18,11 @@ from omniad_edge.export.parity import (
     rank_loss,
     score_deviation,
 )
+from omniad_edge.recognition import ProductSpace
 
+# Where each channel deviates by 0.2, whitened and divided by the root of their number.
+WHITENING = (np.eye(3) / 0.2 / np.sqrt(3)).astype(np.float32)
+SPACE = ProductSpace(("gear",), np.zeros(3, np.float32), WHITENING, np.zeros((1, 3), np.float32))
 N = 40  # good and as many defective images
 
 
@@ -49,10 +54,11 @@ def scores_changed(base: Predictions, change) -> Predictions:
 
 @pytest.mark.parametrize("precision", LIMITS)
 def test_identical_predictions_pass(reference, precision):
-    report = compare(reference, reference, precision)
+    reference = replace(reference, embeddings=np.ones((2 * N, 3), np.float32))
+    report = compare(reference, reference, precision, SPACE)
     assert report["passed"] is True and report["failures"] == [] and report["images"] == 2 * N
     assert report["measured"] == dict.fromkeys(report["limits"], 0.0)
-    measured = {"map_error", "score_error", "verdict_flips", "auroc_difference", "rank_loss"}
+    measured = {"map_error", "score_error", "verdict_flips", "auroc_difference", "rank_loss", "product_error"}
     assert report["limits"].keys() == measured
     assert json.loads(json.dumps(report, allow_nan=False)) == report
 
@@ -73,6 +79,16 @@ def test_map_error(reference):
     assert compare(reference, engine, "bf16")["passed"]
     maps[7, 1, 2] = 2e-4
     assert compare(reference, engine, "fp32")["passed"]
+
+
+def test_product_error_is_a_distance_between_embeddings(reference):
+    embeddings = np.ones((2 * N, 3), np.float32)
+    reference, engine = replace(reference, embeddings=embeddings), replace(reference, embeddings=embeddings.copy())
+    engine.embeddings[5] += 0.02  # of each channel a tenth of its deviation
+    failures = compare(reference, engine, "fp32", SPACE)["failures"]
+    assert failures == ["product error is 0.1, the limit is 0.02"]
+    assert compare(reference, engine, "bf16", SPACE)["passed"]
+    assert compare(reference, replace(engine, embeddings=None), "fp32", SPACE)["measured"]["product_error"] is None
 
 
 def test_score_error_is_in_standard_deviations(reference):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from records import make_result
+from records import make_result, of_another_product
 
 from omniad_edge.frame import Frame
 from omniad_edge.line.parts import MAX_OPEN_PARTS, OPEN_FRAMES, QUEUE_FRAMES, Parts
@@ -266,3 +266,21 @@ def test_a_batch_is_of_one_product():
     for n, product in enumerate(["x", "x", "y", "x"]):
         parts.capture(frame(sequence=n), "", product, None, str(n))
     assert [[view.part.part_id for view in parts.next_views(8)] for _ in range(3)] == [["0", "1"], ["2"], ["3"]]
+
+
+def test_a_part_of_another_product_is_rejected_with_the_reason():
+    parts = Parts(("a",))
+    for sequence in range(3):
+        parts.capture(frame(sequence=sequence), "", "gear", None, f"a-{sequence}")
+    for result, (view,) in zip(
+        (GOOD, of_another_product(), of_another_product("cap")),
+        (parts.next_views(1) for _ in range(3)),
+        strict=True,
+    ):
+        parts.finish(view, result)
+    assert decided(parts) == [
+        ("a-0", ACCEPT, ""),
+        ("a-1", REJECT, "unknown product"),
+        ("a-2", REJECT, "wrong product: shows cap, expected gear"),
+    ]
+    assert parts.counts("a").inspected == 3 and parts.decisions[REJECT] == 2

@@ -248,12 +248,14 @@ def test_to_dict_is_json_and_has_a_version():
     values = result.to_dict()
     assert json.loads(json.dumps(values, allow_nan=False)) == values
     assert values == {
-        "schema": 1,
+        "schema": 2,
         "pred_label": "defective",
         "pred_score": float(np.float32(0.9)),
         "threshold": 0.5,
         "product": "gear",
         "product_assumed": False,
+        "product_shown": None,
+        "product_distance": None,
         "frame_height": 128,
         "frame_width": 128,
         "speed_ms": {"preprocess": 1.0, "engine": 2.0, "postprocess": 0.5, "total": 3.5},

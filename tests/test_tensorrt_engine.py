@@ -217,15 +217,16 @@ def test_every_image_is_a_replay_of_its_batchs_graph(bundle, machine, pixels):
     names = machine.names()
     assert names.count("cuGraphLaunch") == 4  # 8 + 1 + 1 + 1
     assert {name for name in names if name.startswith("cuGraph")} == {"cuGraphLaunch"}
-    assert names.count("cuMemcpyHtoDAsync") == 4 and names.count("cuMemcpyDtoHAsync") == 8
+    assert names.count("cuMemcpyHtoDAsync") == 4 and names.count("cuMemcpyDtoHAsync") == 12
 
 
 def test_frames_are_resized_on_the_cpu_without_a_kernel_for_it(bundle, machine, rng):
     frames = [rng.integers(0, 256, (50, 70 + width, 3), np.uint8) for width in range(3)]
     engine = open_engine(bundle, "tensorrt")
-    anomaly_map, _, preprocess_ms = engine.run_frames(frames)
+    anomaly_map, _, embedding, preprocess_ms = engine.run_frames(frames)
     resized = np.stack([resize(frame, bundle.height, bundle.width) for frame in frames])
     assert (anomaly_map == engine.run(resized)[0]).all()
+    assert (embedding == OnnxRuntimeEngine(bundle.onnx("fp16")).run_all(resized)[2]).all()
     assert len(preprocess_ms) == 3 and min(preprocess_ms) > 0
     assert engine.frame_size(frames[0]) == (50, 70)
     with pytest.raises(InputError):
@@ -721,7 +722,7 @@ def test_build_for_a_dla(bundle_file, machine, capsys):
 
 
 def test_export_with_engine(bundle_file, machine, monkeypatch, capsys):
-    exported = bundle_export.ExportReport(bundle_file, bundle_file.stat().st_size, {}, {})
+    exported = bundle_export.ExportReport(bundle_file, bundle_file.stat().st_size, {}, {}, {})
     monkeypatch.setattr(bundle_export, "export_bundle", lambda *_: exported)
     assert main(["export", "--fp16", "--engine", "tensorrt", "run", "--out", str(bundle_file)]) == 0
     assert "self-test passed" in capsys.readouterr().out and built() == 1

@@ -15,10 +15,8 @@ class TritonPythonModel:
     def execute(self, requests):
         pixels = [pb_utils.get_input_tensor_by_name(request, "pixels").as_numpy() for request in requests]
         ends = np.cumsum([len(each) for each in pixels])[:-1]
-        outputs = self.session.run(["anomaly_map", "pred_score"], {"pixels": np.concatenate(pixels)})
-        maps, scores = (np.split(output, ends) for output in outputs)
-        scores = [part[:, None] for part in scores]
-        return [
-            pb_utils.InferenceResponse([pb_utils.Tensor("anomaly_map", a), pb_utils.Tensor("pred_score", b)])
-            for a, b in zip(maps, scores, strict=True)
-        ]
+        names = ["anomaly_map", "pred_score", "embedding"]
+        outputs = self.session.run(names, {"pixels": np.concatenate(pixels)})
+        outputs[1] = outputs[1][:, None]
+        parts = zip(*(np.split(output, ends) for output in outputs), strict=True)
+        return [pb_utils.InferenceResponse(list(map(pb_utils.Tensor, names, part))) for part in parts]

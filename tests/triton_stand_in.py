@@ -71,7 +71,8 @@ class TritonStandIn:
         self.folder = repository / self.name
         model = repository / self.network / "1" / "model.onnx"
         session = onnxruntime.InferenceSession(str(model), providers=["CPUExecutionProvider"])
-        self.run = lambda pixels: session.run(["anomaly_map", "pred_score"], {"pixels": pixels})
+        names = [output.name for output in self.configs[self.network].output]
+        self.run = lambda pixels: session.run(names, {"pixels": pixels})
         monkeypatch.setitem(sys.modules, "triton_python_backend_utils", self.backend_utils())
         monkeypatch.delitem(sys.modules, "omniad_edge.export.triton_model", raising=False)
         config = MessageToJson(self.configs[self.name], preserving_proto_field_name=True)
@@ -111,10 +112,11 @@ class TritonStandIn:
         assert len(pixels.array) <= config.max_batch_size
         check({pixels.name: pixels.array[0]}, config.input)
         try:
-            maps, scores = self.run(pixels.array)
+            maps, scores, *rest = self.run(pixels.array)
         except RuntimeError as exc:
             return Response([], TritonError(str(exc)))
-        outputs = {"anomaly_map": maps, "pred_score": scores[:, None]}  # as its configuration reshapes it
+        names = [output.name for output in config.output]
+        outputs = dict(zip(names, [maps, scores[:, None], *rest], strict=True))  # as its configuration reshapes it
         check({name: array[0] for name, array in outputs.items()}, config.output)
         return Response([Tensor(name, outputs[name]) for name in requested_output_names])
 

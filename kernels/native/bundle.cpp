@@ -13,7 +13,7 @@
 namespace omniad {
 namespace {
 
-constexpr int64_t kSCHEMA = 1;
+constexpr int64_t kSCHEMA = 2;
 constexpr size_t kSEAL_BYTES = 7 + 64;  // "sha256:" and the digest
 constexpr size_t kMAX_FILE_BYTES = (size_t{1} << 31) - 1;
 constexpr size_t kMAX_MANIFEST_BYTES = size_t{16} << 20;

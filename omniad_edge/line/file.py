@@ -1,7 +1,7 @@
 """A line as a TOML file: `read_line_file("line3.toml").run()`.
 
     bundle = "line3.omniad"         # paths are relative to this file
-    product = "screw"               # whose threshold applies; without it the strictest
+    product = "screw"               # what the parts are; without it as recognised
     source = "gige://?trigger=off"  # see `open_source`; or several by name: [source] top = "...", side = "..."
     trigger = "frame"               # or "every 500ms", "mqtt://broker/line3/trigger"
     deadline_ms = 50

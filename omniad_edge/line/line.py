@@ -41,7 +41,8 @@ class Line:
 
     detector: what inspects, usually a Detector: called with a list of frames and a product
     source:   where frames come from (see `open_source`), or several by name: {"top": ..., "side": ...}
-    product:  whose threshold applies; may be changed while the line runs, for the parts that come then
+    product:  what the parts are, and whose threshold applies; may be changed while the line runs, for the parts
+              that come then
     trigger:  "frame": every frame is a part, right for a camera with a trigger line, too; "call": `trigger()`
               announces parts; a number: seconds between parts; or an object with `start(trigger)` and `stop()`,
               such as MqttTrigger. Announced parts take frames of cameras that are triggered by software, or the

@@ -20,7 +20,7 @@ OPEN_FRAMES = 32  # of one camera, without a verdict: more only pile up behind o
 
 @dataclass(eq=False)
 class Part:
-    """needed: frames still wanted, by source; reason: decided without the network, and why."""
+    """needed: frames still wanted, by source; reason: why it is not simply the network's decision."""
 
     part_id: str
     product: str | None
@@ -283,6 +283,7 @@ class Parts:
                     part.decision = REJECT if found == REJECT and self.rule == "any" else self.safe
                 else:
                     part.decision = found
+                    part.reason = next((v.result.product_fault for v in part.views if v.result.product_fault), "")
                     for view in part.views:
                         self.move(view, "inspected")
                 self.decisions[part.decision] += 1

@@ -44,6 +44,9 @@ class LineMetrics:
         self._names: dict[str, set[str]] = defaultdict(set)
         seconds = {"registry": registry, "buckets": BUCKETS}
         self._parts = client.Counter("omniad_parts", "Verdicts", ("decision", "product"), registry=registry)
+        self._other = client.Counter(
+            "omniad_other_products", "Frames that do not show the product", ("label",), registry=registry
+        )
         self._events = client.Counter("omniad_events", "Status records", ("event",), registry=registry)
         self._stages = client.Histogram("omniad_stage_seconds", "A frame in a stage", ("stage",), **seconds)
         self._latency = client.Histogram("omniad_part_latency_seconds", "From trigger to verdict", **seconds)
@@ -87,6 +90,9 @@ class LineMetrics:
     def _count_result(self, result: Result) -> None:
         for stage in STAGES:
             self._stages.labels(stage).observe(result.speed_ms[stage] / 1e3)
+        if result.product_fault:  # its score is of no product
+            self._other.labels(result.pred_label).inc()
+            return
         with self._lock:
             newest = self._scores.setdefault(self._bounded("product", result.product), deque(maxlen=SCORES))
             newest.append((result.pred_score, result.threshold))

@@ -57,7 +57,9 @@ def closing_counts(snapshot: Snapshot) -> str:
 def summary(path: Path, line: Line) -> str:
     """What would run."""
     detector, parts, outputs = line.detector, line.parts, [queue.output for queue in line.outputs]
-    product = line.product or f"none named, so the strictest threshold applies: {detector.strictest_product()}"
+    product = line.product or f"as recognised, else by the strictest threshold: {detector.strictest_product()}"
+    if detector.not_recognised:
+        product = f"{product} (products are not recognised: {detector.not_recognised})"
     if parts.each_frame:
         trigger = f"every frame is a part, policy {parts.policy}"
     else:
