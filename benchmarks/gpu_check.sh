@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
 # Everything a GPU has to say about the fused engine, in one command, without a network and without installing:
-#     benchmarks/gpu_check.sh [--only kernels,e2e,latency,probes] [--out FOLDER]
+#     benchmarks/gpu_check.sh [--only kernels,e2e,latency,probes,training] [--out FOLDER]
 # Needs python3 with torch, Triton 3.6 or newer, cuda-bindings, onnx, onnxruntime, opencv, pillow, safetensors, rich, scipy,
 # hypothesis and pytest. The native runtime is built anew where there are cmake and a C++ compiler; else it is left out.
-# Under 9 minutes; each part writes its own file to FOLDER (default: benchmarks/results) as soon as it is done.
+# Under 9 minutes, and what torch.compile takes for training; each part writes its own file to FOLDER (default: benchmarks/results) as soon as it is done.
 set -uo pipefail
 cd "$(dirname "$0")/.."
-only=kernels,e2e,latency,probes
+only=kernels,e2e,latency,probes,training
 out=benchmarks/results
 while [ $# -gt 0 ]; do
   case "$1" in
@@ -16,7 +16,7 @@ while [ $# -gt 0 ]; do
   esac
 done
 for part in ${only//,/ }; do
-  case "$part" in kernels | e2e | latency | probes) ;; *) echo "gpu_check: unknown part $part" >&2; exit 2 ;; esac
+  case "$part" in kernels | e2e | latency | probes | training) ;; *) echo "gpu_check: unknown part $part" >&2; exit 2 ;; esac
 done
 
 # The package's folders are mapped by setup.py; here links stand for that.
@@ -38,6 +38,7 @@ failed=()
 for part in ${only//,/ }; do
   case "$part" in
     kernels) python3 -m pytest -p no:cacheprovider -m "slow or not slow" tests/test_kernel_*.py tests/test_network_plan.py ;;
+    training) python3 benchmarks/training.py --device cuda --json "$out/${gpu:-gpu}-training.json" ;;
     *) python3 benchmarks/gpu.py "$part" --json "$out/${gpu:-gpu}-$part.json" ;;
   esac || failed+=("$part")
 done
