@@ -5,7 +5,7 @@
 
 images          as `omniad train`: the teacher runs in every step
 cached          as with --cache-features
-compile         on a GPU: cached, and the student through torch.compile, as with --compile
+compile         on a GPU: cached, and the student through torch.compile, which `omniad train` does not do yet
 compile-graphs  on a GPU: the same in torch's mode "reduce-overhead", that is CUDA graphs
 Weights and images are random: the time of a step does not depend on them. A sample is the mean of several steps,
 as training too waits for a GPU only now and then. cpu_s is what the process used, all threads together.
