@@ -23,7 +23,6 @@ from .tiles import MAX_SIDE_PX, Tiling
 
 HEADS = 8
 STRIDE = 32  # of the neck's output: sizes are multiples of it
-EPS = 1e-5  # of the instance norm
 JITTER = 20.0  # feature jitter in training (paper III-C)
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -278,13 +277,7 @@ class OmniBlock(nn.Module):
 
 def norm_silu(x: Tensor) -> Tensor:
     """Instance norm (statistics of this image, always; no affine) and SiLU."""
-    if x.requires_grad and x.is_cpu:
-        # The batch norm of one image is its instance norm. torch's instance norm copies to NCHW and back, and a
-        # batch at a time leaves the cache between passes: forward and backward of 16 x 64 x 64 x 64 took 36 ms
-        # on one core, so 16 ms.
-        images = x.split(1)
-        return torch.cat([F.silu(F.batch_norm(i, None, None, training=True, eps=EPS)) for i in images])
-    return F.silu(F.instance_norm(x, eps=EPS))
+    return F.silu(F.instance_norm(x, eps=1e-5))
 
 
 def pointwise(linear: nn.Linear, x: Tensor) -> Tensor:
@@ -304,7 +297,7 @@ class PatchExpand(nn.Module):
         n, c, height, width = x.shape
         y = self.expand(x.permute(0, 2, 3, 1)).view(n, height, width, 2, 2, c // 2)
         y = y.permute(0, 1, 3, 2, 4, 5).reshape(n, 2 * height, 2 * width, c // 2)
-        return self.norm(y).permute(0, 3, 1, 2)
+        return self.norm(y).permute(0, 3, 1, 2).contiguous()
 
 
 class Decoder(nn.Module):

@@ -130,7 +130,7 @@ def fit(embeddings: dict[str, np.ndarray]) -> ProductSpace:
     return ProductSpace(tuple(means), *(array.astype(np.float32) for array in arrays))
 
 
-def other_light(pixels: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+def other_light(pixels: np.ndarray, rng: "np.random.Generator") -> np.ndarray:
     """A copy of an image (H, W, 3) uint8 as another lamp or exposure would give it: a fifth more or less light."""
     gamma, gain, offset = rng.uniform(0.85, 1.18), rng.uniform(0.8, 1.25), rng.uniform(-15, 15)
     balance = rng.uniform(0.93, 1.07, 3)

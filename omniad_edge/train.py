@@ -200,7 +200,8 @@ class Trainer:
         self.batch_size = min(batch_size * world.size, len(training))  # of all processes
         self.steps = len(training) // self.batch_size  # per epoch
         self.on_gpu = world.device.type == "cuda"
-        self.model = model.to(world.device, memory_format=torch.channels_last)
+        self.layout = torch.channels_last if self.on_gpu else torch.contiguous_format
+        self.model = model.to(world.device, memory_format=self.layout)
         self.student = share(self.model, world)
         self.parameters = list(trained(model).values())
         self.optimizer = AdamW(self.parameters, LEARNING_RATE, BETAS, weight_decay=WEIGHT_DECAY, fused=True)
@@ -263,7 +264,7 @@ class Trainer:
         n = len(self.training)
         needed = n * sum(shape.numel() for shape in shapes) * 4
         check_memory(f"the features of {n} images", needed, self.world.local_size)
-        cached = [torch.empty(n, *shape, memory_format=torch.channels_last) for shape in shapes]
+        cached = [torch.empty(n, *shape) for shape in shapes]
         with counting("teacher's features", n) if shown else nullcontext(lambda done: None) as progress:
             for rows in torch.arange(n).split(self.batch_size):
                 for store, feature in zip(cached, self.see(self.training[rows]), strict=True):
@@ -276,14 +277,14 @@ class Trainer:
         """The teacher's features of these training images."""
         if self.cached is None:
             return self.see(self.training[rows])
-        return tuple(f[rows].to(self.world.device, memory_format=torch.channels_last) for f in self.cached)
+        return tuple(f[rows].to(self.world.device, memory_format=self.layout) for f in self.cached)
 
     def see(self, images: Tensor) -> tuple[Tensor, ...]:
         """The teacher's features of these images."""
         pixels = torch.from_numpy(self.tiling.pick(self.pixels, images.numpy()))
         x = normalise(pixels.to(self.world.device), self.parameters[0])
         with self.autocast():
-            return self.model.teacher(x.contiguous(memory_format=torch.channels_last))
+            return self.model.teacher(x.contiguous(memory_format=self.layout))
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.on_gpu)

@@ -69,7 +69,7 @@ def test_equals_the_plain_graph(sizes, half):
     truth = reference(trained, pixels)
     plain, weights = build_graph(network, half, half_weights=half)
     base = np.abs(run(plain + weights_message(weights), pixels)[0] - truth).max()
-    maps, scores = run(complete(*build_plugin_graph(network, half)).SerializeToString(), pixels)
+    maps, scores, _ = run(complete(*build_plugin_graph(network, half)).SerializeToString(), pixels)
     assert np.abs(maps - truth).max() <= 2 * base + np.finfo(np.float32).eps * np.abs(truth).max()
     assert (scores == maps.max((1, 2))).all()
 
