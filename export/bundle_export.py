@@ -12,9 +12,9 @@ import numpy as np
 
 from ..bundle import describe_input, write_bundle
 from ..calibration import Calibration
-from ..data import Images, Sample, find_samples, load_images
+from ..data import Images, Sample, find_samples, load_images, load_masks
 from ..engine import OnnxRuntimeEngine, OpenVinoEngine, cpu_has_bf16
-from ..errors import ExportError, MissingDependencyError
+from ..errors import DataError, ExportError, MissingDependencyError
 from ..evaluate import (
     Predictions,
     check_maps_fit,
@@ -28,15 +28,18 @@ from ..kernels.fold import fold
 from ..model import OmniAD
 from ..recognition import LIGHT_COPIES, RECOGNITION, ProductLimit, ProductSpace, fit, other_light
 from ..self_test import SELF_TEST
+from ..tiles import Tiling
 from ..versions import versions
 from ..weights import load_run
 from .cubins import check_targets
 from .fused_parts import fused_parts, self_test
 from .onnx_graph import build_graph, weights_message
-from .parity import compare, good_only
+from .parity import DETECTION_LIMITS, compare, good_only
+from .quantised_graph import FORMATS, activation_ranges, build_quantised_graph
 
 FITTED_IMAGES = 50  # of each product, for recognising it
 IMAGES_PER_KIND = 32  # of each product, good and defective, that the gate looks at
+CALIBRATION_IMAGES = 48  # that show which range each tensor has
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,7 @@ def export_bundle(
     targets: Sequence[str] = (),
     report: Callable[[str, dict], None] | None = None,
     progress: Callable[[str], None] | None = None,
+    quantise: str | None = None,
 ) -> ExportReport:
     """Write the bundle of a training run.
 
@@ -67,17 +71,24 @@ def export_bundle(
     targets:  GPU architectures to compile the fused engine's kernels for, like "sm_87"; they need fp16
     report:   called with each engine's name and its parity report as soon as it is known
     progress: called with a line for each architecture that is compiled
+    quantise: "int8" adds the graph that computes in it, and with fp16 another for TensorRT; "fp8" adds one for
+              TensorRT and needs fp16. Both need test images with defects and masks, to measure what they lose
 
     The gate compares every engine that can run here with the trained network, on good images that were not
     trained on (or on training images, where none were held out) and on test images if there are any. Raises
-    ExportError, and writes nothing, if one is beyond its limits; bf16 may fail, it is then refused at run time.
+    ExportError, and writes nothing, if one is beyond its limits, which differ for int8 and fp8; bf16 may fail, it
+    is then refused at run time.
     """
     if targets and not fp16:
         raise ExportError("targets: the fused kernels compute in fp16; export with --fp16 too")
+    if quantise == "fp8" and not fp16:
+        raise ExportError("fp8 is computed by TensorRT, in a graph of fp16; export with --fp16 too")
     check_targets(targets)
     model, facts = load_run(run)
     config, data = model.config, Path(data or facts["data"])
     good, test = held_out_samples(data, facts["holdout"]), test_samples(data)
+    if quantise:
+        check_measurable(test, quantise)
     check_maps_fit(len(good + test), config.tiling.size, maps=3)  # trained network, default engine, one more
     images = load_images(good + test, *config.tiling.size)
     network = fold(model)
@@ -85,15 +96,23 @@ def export_bundle(
     parts = {"graphs/cpu.onnx": cpu, "weights.onnx": weights_message(weights)}
     if fp16:
         parts["graphs/fp16.onnx"], _ = build_graph(network, half=True, half_weights=True)
+    graphs = {None: [], "int8": ["int8", "int8_fp16"] if fp16 else ["int8"], "fp8": ["fp8"]}[quantise]
+    if graphs:
+        ranges = activation_ranges(network, calibration_pixels(calibration_samples(data, good), config.tiling))
+        parts |= {f"graphs/{name}.onnx": build_quantised_graph(network, name, fp16, ranges) for name in graphs}
+
+    def calibrate(predictions: Predictions) -> dict[str, Calibration]:
+        return first_calibrations(good_only(first(predictions, len(good))), data, facts["holdout"])
+
     space = fit_products(model, data, good)
     parts[RECOGNITION] = space.to_bytes()
-    engines, reference, predictions = pass_gate(model, images, parts, space, report)
+    engines, reference, predictions, quantised = pass_gate(model, images, parts, space, calibrate, report)
     if fp16:
         parts[SELF_TEST] = self_test(reference, model)
     if targets:
         parts |= fused_parts(network, targets, progress)
     held_out = good_only(first(predictions, len(good)))
-    calibrations = first_calibrations(held_out, data, facts["holdout"])
+    calibrations = calibrate(predictions)
     used = set(calibrations) - held_out_products(held_out, data, facts["holdout"])
     limits = product_limits(held_out, space, used)
     manifest = {
@@ -103,7 +122,8 @@ def export_bundle(
         "precision": "fp16" if fp16 else "fp32",
         "input": describe_input(config.tiling),
         "outputs": ["anomaly_map", "pred_score", "embedding"],
-        "products": {product: calibration.to_dict() for product, calibration in calibrations.items()},
+        "products": entries(calibrations),
+        "quantised": {name: entries(quantised[f"onnxruntime {name}"]) for name in graphs},
         "recognition": {product: asdict(limit) for product, limit in limits.items()},
         "parity": {"engines": engines},
         "trained_on": facts["trained_on"],
@@ -112,6 +132,10 @@ def export_bundle(
     out = Path(out)
     write_bundle(out, manifest, parts)
     return ExportReport(out, out.stat().st_size, engines, calibrations, limits)
+
+
+def entries(calibrations: dict[str, Calibration]) -> dict[str, dict]:
+    return {product: calibration.to_dict() for product, calibration in calibrations.items()}
 
 
 def fit_products(model: OmniAD, data: Path, held_out: list[Sample]) -> ProductSpace:
@@ -136,6 +160,37 @@ def test_samples(data: Path) -> list[Sample]:
     return [sample for _, kind in by_kind for sample in limited(list(kind), pick)]
 
 
+def calibration_samples(data: Path, held_out: list[Sample]) -> list[Sample]:
+    """Good images of all products for the ranges of 8 bits. Trained on: thresholds come from the held out ones."""
+    samples = find_samples(data, "train")
+    samples = [sample for sample in samples if sample not in held_out] or samples
+    step = max(1, len(samples) // CALIBRATION_IMAGES)
+    return samples[::step][:CALIBRATION_IMAGES]
+
+
+def calibration_pixels(samples: list[Sample], tiling: Tiling) -> np.ndarray:
+    """(N, H, W, 3) uint8 RGB as the network sees these images: whole, or as many of their tiles as they are."""
+    tiles = np.concatenate([tiling.cut(image) for image in load_images(samples, *tiling.size).pixels])
+    return tiles[np.linspace(0, len(tiles) - 1, len(samples)).astype(int)]
+
+
+def check_measurable(test: list[Sample], precision: str) -> None:
+    """Raises ExportError if these images cannot show what a quantised graph loses."""
+    kinds = {gate_kind(sample) for sample in test}
+    if not any({(product, True), (product, False)} <= kinds for product, _ in kinds):
+        why = "no product has good and defective test images (PRODUCT/test/good/*, PRODUCT/test/KIND/*)"
+    else:
+        try:
+            load_masks([sample for sample in test if not sample.is_good], 32, 32)
+            return
+        except DataError as exc:
+            why = str(exc)
+    raise ExportError(
+        f"--{precision}: what it costs in detection cannot be measured: {why}; nothing was written. Add them to "
+        f"the data set (--data), or export without --{precision}"
+    )
+
+
 def gate_kind(sample: Sample) -> tuple[str, bool]:
     return sample.product, sample.is_good
 
@@ -149,12 +204,14 @@ def pass_gate(
     images: Images,
     parts: dict[str, bytes],
     space: ProductSpace,
+    calibrate: Callable[[Predictions], dict[str, Calibration]],
     report: Callable[[str, dict], None] | None,
-) -> tuple[dict[str, dict], Predictions, Predictions]:
-    """Reports of all engines; the predictions of the trained network and of the default engine, ONNX Runtime."""
+) -> tuple[dict[str, dict], Predictions, Predictions, dict[str, dict[str, Calibration]]]:
+    """Reports of all engines; the predictions of the trained network and of the default engine, ONNX Runtime; and
+    what `calibrate` makes of those of each engine in 8 bits."""
     tiling = model.config.tiling
     reference = predict_images(partial(tiling.predict, model.predict_all), images)
-    reports, failures, default = {}, [], None
+    reports, failures, lossy, quantised, default = {}, [], [], {}, None
     for name, precision, predict in candidates(parts):
         predictions = predict_images(partial(tiling.predict, predict), images)
         default = default or predictions
@@ -162,12 +219,20 @@ def pass_gate(
         if report:
             report(name, reports[name])
         if precision != "bf16":
-            failures += [f"{name}: {failure}" for failure in reports[name]["failures"]]
+            found = lossy if precision in DETECTION_LIMITS else failures
+            found += [f"{name}: {failure}" for failure in reports[name]["failures"]]
+        if precision in DETECTION_LIMITS and reports[name]["passed"]:
+            quantised[name] = calibrate(predictions)
     if failures:
         raise ExportError(
             "the export is not the trained network any more; nothing was written. " + "; ".join(failures)
         )
-    return reports, reference, default
+    if lossy:
+        raise ExportError(
+            "in 8 bits this network detects too much worse; nothing was written. Export without --int8 and --fp8; "
+            "TensorRT's int8 is left out where --fp16 is. " + "; ".join(lossy)
+        )
+    return reports, reference, default, quantised
 
 
 def candidates(parts: dict[str, bytes]):
@@ -177,12 +242,19 @@ def candidates(parts: dict[str, bytes]):
     if "graphs/fp16.onnx" in parts:
         half = parts["graphs/fp16.onnx"] + parts["weights.onnx"]
         yield "onnxruntime fp16", "fp16", OnnxRuntimeEngine(half).run_all
+    quantised = {name: parts[f"graphs/{name}.onnx"] for name in FORMATS if f"graphs/{name}.onnx" in parts}
+    for name, graph in quantised.items():
+        # Those for a GPU node by node: this is the arithmetic that TensorRT is asked for.
+        engine = OnnxRuntimeEngine(graph + parts["weights.onnx"], as_written=FORMATS[name].half)
+        yield f"onnxruntime {name}", name.removesuffix("_fp16"), engine.run_all
     try:
         precisions = ("fp32", "bf16") if cpu_has_bf16() else ("fp32",)
     except MissingDependencyError:
         return
     for precision in precisions:
         yield f"openvino {precision}", precision, OpenVinoEngine(model, precision).run_all
+    if "int8" in quantised:
+        yield "openvino int8", "int8", OpenVinoEngine(quantised["int8"] + parts["weights.onnx"], "int8").run_all
 
 
 def first(predictions: Predictions, count: int) -> Predictions:

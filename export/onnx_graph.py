@@ -55,8 +55,8 @@ def model_of(
         ],
         [numpy_helper.from_array(value, name) for name, value in ops.constants.items()],
     )
-    opset = [helper.make_opsetid("", OPSET)]
-    return helper.make_model(graph, opset_imports=opset, ir_version=IR_VERSION, producer_name="omniad-edge")
+    opset = [helper.make_opsetid("", ops.opset)]
+    return helper.make_model(graph, opset_imports=opset, ir_version=ops.ir_version, producer_name="omniad-edge")
 
 
 def weights_message(weights: dict[str, np.ndarray]) -> bytes:
@@ -84,6 +84,8 @@ class OnnxOps:
     The decoder's residual stream and its matrix products are tokens, its convolutions and norms images. Of the
     layouts tried (also: all channels first; the stream as an image) the fastest on ONNX Runtime and OpenVINO.
     """
+
+    opset, ir_version = OPSET, IR_VERSION
 
     def __init__(self, network: Network, half: bool, half_weights: bool) -> None:
         self.names = {id(array): name for name, array in named_arrays(network).items()}
@@ -155,11 +157,21 @@ class OnnxOps:
 
     def conv(self, x: Value, conv: Conv, relu: bool = False) -> Value:
         pads, strides = [conv.weight.shape[-1] // 2] * 4, [conv.stride] * 2
-        weight, bias = self.weight(conv.weight, x.type), self.weight(conv.bias, x.type)
         shape = {"height": -(-x.height // conv.stride), "width": -(-x.width // conv.stride)}
-        like = replace(x, channels=len(conv.bias), **shape)
-        y = self.emit("Conv", x, weight, bias, like=like, pads=pads, strides=strides)
+        like, filters = replace(x, channels=len(conv.bias), **shape), self.weight(conv.weight, x.type)
+        y = self.convolve(x, filters, conv.weight, conv.bias, like, pads=pads, strides=strides)
         return self.relu(y) if relu else y
+
+    def convolve(
+        self, x: Value, filters: Value, weight: Array, bias: Array | None, like: Value, **attributes
+    ) -> Value:
+        """filters: `weight` as a value (outputs, inputs, rows, columns)"""
+        biases = [] if bias is None else [self.weight(bias, x.type)]
+        return self.emit("Conv", x, filters, *biases, like=like, **attributes)
+
+    def multiply(self, x: Value, matrix: Value, weight: Array, like: Value) -> Value:
+        """matrix: `weight` as a value (inputs, outputs)"""
+        return self.emit("MatMul", x, matrix, like=like)
 
     def max_pool(self, x: Value) -> Value:
         like = replace(x, height=x.height // 2, width=x.width // 2)
@@ -188,11 +200,9 @@ class OnnxOps:
     def pointwise(self, x: Value, weight: Array, bias: Array | None = None) -> Value:
         like, matrix = replace(x, channels=len(weight)), self.weight(weight, x.type)
         if x.layout == TOKENS:
-            y = self.emit("MatMul", x, self.emit("Transpose", matrix, perm=[1, 0]), like=like)
+            y = self.multiply(x, self.emit("Transpose", matrix, perm=[1, 0]), weight, like)
             return y if bias is None else self.add_bias(y, bias)
-        kernel = self.emit("Unsqueeze", matrix, self.integers(2, 3))
-        biases = [] if bias is None else [self.weight(bias, x.type)]
-        return self.emit("Conv", x, kernel, *biases, like=like)
+        return self.convolve(x, self.emit("Unsqueeze", matrix, self.integers(2, 3)), weight, bias, like)
 
     def depthwise(self, x: Value, weight: Array) -> Value:
         x, pads = self.image(x), [weight.shape[-1] // 2] * 4
@@ -267,7 +277,7 @@ class OnnxOps:
     def cosine_distance(self, teacher: Value, student: Value) -> Value:
         t, s = (self.cast(self.image(x), FLOAT) for x in (teacher, student))
         dot = self.emit("ReduceSum", self.emit("Mul", t, s), self.integers(1), keepdims=0)
-        norms = (self.emit("ReduceL2", x, axes=[1], keepdims=0) for x in (t, s))
+        norms = (self.reduce("ReduceL2", x, 1) for x in (t, s))
         norms = [self.emit("Max", norm, self.constant(1e-8)) for norm in norms]  # torch's cosine_similarity
         cosine = self.emit("Div", dot, self.emit("Mul", *norms))
         # Named, as an engine may compute up to here in a lower precision than from here on.
@@ -280,8 +290,13 @@ class OnnxOps:
         return self.emit("MatMul", y, self.emit("Transpose", self.weight(columns, FLOAT), perm=[1, 0]))
 
     def max(self, anomaly_map: Value) -> Value:
-        return self.emit("ReduceMax", anomaly_map, axes=[1, 2], keepdims=0)
+        return self.reduce("ReduceMax", anomaly_map, 1, 2)
 
     def means(self, maps: list[Value]) -> Value:
-        means = [self.emit("ReduceMean", self.cast(self.image(x), FLOAT), axes=[2, 3], keepdims=0) for x in maps]
+        means = [self.reduce("ReduceMean", self.cast(self.image(x), FLOAT), 2, 3) for x in maps]
         return self.emit("Concat", *means, like=replace(means[0], channels=sum(x.channels for x in maps)), axis=1)
+
+    def reduce(self, op: str, x: Value, *axes: int) -> Value:
+        if self.opset < 18:
+            return self.emit(op, x, axes=axes, keepdims=0)
+        return self.emit(op, x, self.integers(*axes), keepdims=0)

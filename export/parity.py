@@ -4,8 +4,9 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 
+from ..data import load_masks
 from ..evaluate import Predictions, calibrate_products
-from ..metrics import auroc
+from ..metrics import aupro, auroc
 from ..recognition import ProductSpace
 from ..self_test import MAX_MAP_ERROR, MAX_SCORE_ERROR
 
@@ -45,11 +46,28 @@ LIMITS = {
 }
 
 
+@dataclass(frozen=True)
+class DetectionLimits:
+    """How much worse than the trained network an engine may detect, on the product where it loses most.
+
+    auroc_loss: of the image AUROC
+    aupro_loss: of the AUPRO
+    """
+
+    auroc_loss: float
+    aupro_loss: float
+
+
+# 8 bits move every score and map, and each engine rounds in another place. What counts is what is detected.
+DETECTION_LIMITS = {"int8": DetectionLimits(0.005, 0.01), "fp8": DetectionLimits(0.005, 0.01)}
+
+
 def compare(
     reference: Predictions, engine: Predictions, precision: str, space: ProductSpace | None = None
 ) -> dict:
     """The gate's report on one engine: measured values, limits, `passed`, and `failures` in words. JSON-safe."""
-    limits = asdict(LIMITS[precision])
+    quantised = precision in DETECTION_LIMITS
+    limits = asdict(DETECTION_LIMITS[precision] if quantised else LIMITS[precision])
     report = {"images": len(reference.pred_scores), "limits": limits, "measured": {}}
     for predictions, whose in ((reference, "trained network's"), (engine, "engine's")):
         if not (np.isfinite(predictions.anomaly_maps).all() and np.isfinite(predictions.pred_scores).all()):
@@ -57,15 +75,17 @@ def compare(
     measured = {
         "map_error": float(np.abs(engine.anomaly_maps - reference.anomaly_maps).max()),
         "score_error": score_error(reference, engine),
-        "verdict_flips": verdict_flips(reference, engine, limits["score_error"]),
+        "verdict_flips": verdict_flips(reference, engine, limits.get("score_error", 0.0)),
         "auroc_difference": auroc_difference(reference, engine),
         "rank_loss": rank_loss(reference, engine),
         "product_error": product_error(reference, engine, space),
     }
+    if quantised:
+        measured |= detection_loss(reference, engine)
     failures = [
-        f"{name.replace('_', ' ')} is {value:.2g}, the limit is {limits[name]:.2g}"
-        for name, value in measured.items()
-        if value is not None and value > limits[name]
+        f"{name.replace('_', ' ')} is {measured[name]:.2g}, the limit is {limit:.2g}"
+        for name, limit in limits.items()
+        if measured[name] is not None and measured[name] > limit
     ]
     return report | {"measured": measured, "passed": not failures, "failures": failures}
 
@@ -125,6 +145,25 @@ def good_only(predictions: Predictions) -> Predictions:
     images = type(images)(images.pixels[keep], [images.samples[i] for i in keep], images.broken)
     embeddings = None if predictions.embeddings is None else predictions.embeddings[keep]
     return Predictions(images, predictions.anomaly_maps[keep], predictions.pred_scores[keep], embeddings)
+
+
+def detection_loss(reference: Predictions, engine: Predictions) -> dict[str, float]:
+    """What the engine detects less than the trained network; negative where it detects more.
+
+    Each the largest over the products that have good and defective images, the latter with masks (DataError
+    without). A loss by which the defects of no product are measured, all being too small for the input, is 0.
+    """
+    masks, labels = load_masks(reference.images.samples, *reference.anomaly_maps.shape[1:]), reference.labels
+    losses = {"auroc_loss": [], "aupro_loss": []}
+    for product in reference.products:
+        of = reference.of(product)
+        if 0 < labels[of].sum() < len(of):
+            before, after = (auroc(p.pred_scores[of], labels[of]) for p in (reference, engine))
+            losses["auroc_loss"].append(before - after)
+            if masks[of].any():
+                before, after = (aupro(p.anomaly_maps[of], masks[of]) for p in (reference, engine))
+                losses["aupro_loss"].append(before - after)
+    return {name: float(max(values, default=0.0)) for name, values in losses.items()}
 
 
 def auroc_difference(reference: Predictions, engine: Predictions) -> float | None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..bundle import WEIGHTS, Bundle
+from ..bundle import WEIGHTS, Bundle, quantised_graph
 from ..errors import BundleError, EngineError, InputError, MissingDependencyError
 from ..progress import PhaseReport, phase_display
 from ..tensorrt_library import import_tensorrt, load_plugin, new_log
@@ -16,6 +16,7 @@ PLAIN_GRAPH, PLUGIN_GRAPH = "graphs/fp16.onnx", "graphs/plugin.onnx"
 BATCHES = (1, 8)
 WORKSPACE_BYTES = 1 << 30
 MAX_BATCH = 64
+FP8_ARCH = 89  # the first with it
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,14 @@ def check_device(device: str) -> None:
         )
 
 
+def check_precision(precision: str, arch: int) -> None:
+    if precision == "fp8" and arch < FP8_ARCH:
+        raise EngineError(
+            f"precision fp8: this GPU is sm_{arch}; fp8 is computed from sm_{FP8_ARCH} on (Ada, Hopper, Thor), "
+            "not by Jetson Orin; take int8 or fp16"
+        )
+
+
 def check_batches(batches: Sequence[int]) -> None:
     valid = all(type(batch) is int and 1 <= batch <= MAX_BATCH for batch in batches)
     if not valid or 1 not in batches or len(set(batches)) != len(batches):
@@ -141,11 +150,18 @@ def new_monitor(trt: Any, report: PhaseReport) -> Any:
 # What of a bundle an engine is built from
 
 
-def network_parts(bundle: Bundle, arch: int, plugin: Path | None) -> tuple[str, ...]:
+def network_parts(bundle: Bundle, arch: int, plugin: Path | None, precision: str = "fp16") -> tuple[str, ...]:
     """Names of the parts: with the plugin those of its graph and kernels, if the bundle has them for this GPU.
 
-    Raises BundleError if it has no fp16 graph.
+    Raises BundleError if it has no graph in this precision.
     """
+    if precision != "fp16":
+        graph = f"graphs/{quantised_graph('tensorrt', precision)}.onnx"
+        if graph not in bundle.parts:
+            raise BundleError(
+                f"the bundle has no {precision} graph for TensorRT; export it with --fp16 --{precision}"
+            )
+        return graph, WEIGHTS
     with_plugin = (PLUGIN_GRAPH, WEIGHTS, f"fused/sm_{arch}.bin", f"fused/sm_{arch}.json")
     if plugin and all(name in bundle.parts for name in with_plugin):
         return with_plugin
@@ -159,8 +175,8 @@ def network_model(bundle: Bundle, arch: int, parts: Sequence[str]) -> bytes:
 
     The functions that stand for the nodes elsewhere are left out: up to TensorRT 10.6 they win over a plugin.
     """
-    if parts[0] == PLAIN_GRAPH:
-        return bundle.onnx("fp16")
+    if parts[0] != PLUGIN_GRAPH:
+        return bundle.onnx(parts[0].removeprefix("graphs/").removesuffix(".onnx"))
     try:
         import onnx
     except ImportError as exc:

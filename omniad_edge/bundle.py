@@ -98,7 +98,12 @@ class Bundle:
     @property
     def products(self) -> dict[str, Calibration]:
         """Product name -> its threshold and calibration."""
-        return {name: Calibration.from_dict(entry) for name, entry in self.manifest["products"].items()}
+        return self.calibrations_of("")
+
+    def calibrations_of(self, graph: str) -> dict[str, Calibration]:
+        """As `products`, but for the scores of this graph. 8 bits move them: quantised graphs have their own."""
+        entries = self.manifest.get("quantised", {}).get(graph, self.manifest["products"])
+        return {name: Calibration.from_dict(entry) for name, entry in entries.items()}
 
     @property
     def recognition(self) -> dict[str, ProductLimit]:
@@ -128,11 +133,17 @@ def describe_input(tiling: Tiling) -> dict:
     return entry | {"resize": TILED_RESIZE, "tiles": tiles}
 
 
+def quantised_graph(backend: str, precision: str) -> str:
+    """Name of the graph that an engine computes in int8 or fp8: on a GPU the rest of it is fp16, on a CPU fp32."""
+    return "int8_fp16" if (backend, precision) == ("tensorrt", "int8") else precision
+
+
 def write_bundle(path: str | Path, manifest: dict, parts: dict[str, bytes]) -> None:
     """Write the bundle; `path` holds the old file or the whole new one at any time.
 
     manifest: created, versions, model, precision, input, outputs, products, recognition, parity, trained_on,
-    history; its format, schema and parts are filled in here. parts: name (letters, digits, `_.-/`) -> content.
+    history, and quantised where there are such graphs: graph -> products with the thresholds for its scores;
+    its format, schema and parts are filled in here. parts: name (letters, digits, `_.-/`) -> content.
     The same content gives the same bytes. Raises BundleError if a reader would refuse the result, or if
     it cannot be written.
     """
@@ -168,17 +179,19 @@ def set_thresholds(
     calibrations: dict[str, Calibration],
     action: str,
     limits: Mapping[str, ProductLimit] = MappingProxyType({}),
+    graph: str = "",
 ) -> None:
     """Replace the calibrations of these products in the bundle file, and record it in its history.
 
     limits: of recognition, of some of the same products
+    graph:  the calibrations are for the scores of this quantised graph; else for those of all others
 
     action: a few words for the history, such as "calibrate". Other products stay as they are. The file is
     replaced as a whole; on any error it is the old one. Raises InputError for a product which the bundle
     does not have, BundleError as `read_bundle` and `write_bundle` do.
     """
     bundle = read_bundle(path)
-    products = bundle.products
+    quantised, products = bundle.manifest.get("quantised", {}), bundle.calibrations_of(graph)
     unknown = sorted(set(calibrations) - set(products))
     if unknown:
         raise InputError(f"{path} has no product {', '.join(map(repr, unknown))}; it has: {', '.join(products)}")
@@ -193,8 +206,9 @@ def set_thresholds(
         for name, calibration in calibrations.items()
     ]
     products |= calibrations
-    changes = {
-        "products": {name: calibration.to_dict() for name, calibration in products.items()},
+    entries = {name: calibration.to_dict() for name, calibration in products.items()}
+    changes = {"quantised": quantised | {graph: entries}} if graph in quantised else {"products": entries}
+    changes |= {
         "history": bundle.manifest["history"] + history,
         "recognition": bundle.manifest["recognition"] | {name: asdict(limit) for name, limit in limits.items()},
     }
@@ -374,6 +388,12 @@ def _check_manifest(manifest: dict) -> None:
     _check_products(manifest["recognition"], ProductLimit.from_dict)
     same = not manifest["recognition"] or manifest["recognition"].keys() == manifest["products"].keys()
     _expect(same, "recognition must have no product or all", sorted(manifest["recognition"]))
+    quantised = manifest.get("quantised", {})
+    _expect(isinstance(quantised, dict), "quantised must be an object", quantised)
+    for graph, entries in quantised.items():
+        _expect(isinstance(entries, dict), f"quantised {short(graph)} must be an object", entries)
+        _expect(entries.keys() == manifest["products"].keys(), "quantised must have the same products", entries)
+        _check_products(entries, Calibration.from_dict)
     for digest in manifest["trained_on"]:
         _expect(_matches(IMAGE_DIGEST, digest), "trained_on must be digests of 16 hex digits", digest)
     for entry in manifest["history"]:

@@ -19,7 +19,7 @@ from .errors import EngineError, MissingDependencyError, OmniADError
 PRESETS = ("base", "fast", "small")
 BACKBONES = ("resnet18", "resnet34", "resnet50", "wide_resnet50_2")
 BACKENDS = ("fused", "tensorrt", "onnxruntime", "openvino")
-PRECISIONS = ("fp16", "fp32", "bf16")
+PRECISIONS = ("fp16", "fp32", "bf16", "int8", "fp8")
 console = Console(stderr=True, highlight=False)
 
 
@@ -100,15 +100,18 @@ def parser() -> argparse.ArgumentParser:
         help="GPUs to add fused kernels for, like sm_87,sm_90 (Jetson Orin and Thor: sm_87,sm_110); needs --fp16",
     )
     sub.add_argument("--data", type=Path, help="the data set, if it is no longer where it was trained from")
+    add_quantise(sub, "also in {}, if it detects as well on the test images")
     sub.add_argument(
         "--engine", choices=["tensorrt"], help="also do `omniad build`, for this machine's GPU; needs --fp16"
     )
+    sub.add_argument("--device", default="gpu", help="of --engine: gpu; for a DLA it says why not")
 
     sub = command("build", build, "build a bundle's TensorRT engine, on the device that will run it")
     sub.add_argument("bundle", type=Path)
     sub.add_argument("--batches", type=numbers, default="1,8", help="images at once, 1 among them")
     sub.add_argument("--workspace", default="1GB", help="memory that a layer may take for itself")
     sub.add_argument("--device", default="gpu", help="gpu; for a DLA it says why not")
+    add_quantise(sub, "of the bundle's {} graph instead of the fp16 one")
 
     sub = command("calibrate", calibrate, "set a bundle's thresholds from good parts")
     sub.add_argument("bundle", type=Path, help="changed in place, atomically")
@@ -121,11 +124,16 @@ def parser() -> argparse.ArgumentParser:
         help="false rejects wanted at most, such as 0.5%%; without it the highest good score is the threshold",
     )
     sub.add_argument("--confidence", type=share, default="95%", help="that the wish holds")
+    sub.add_argument("--backend", choices=("auto", *BACKENDS), default="auto", help="what scores the parts")
+    sub.add_argument(
+        "--precision", choices=("auto", *PRECISIONS), default="auto", help="int8 and fp8 have their own thresholds"
+    )
 
     sub = command("threshold", threshold, "set one product's threshold by hand")
     sub.add_argument("bundle", type=Path, help="changed in place, atomically")
     sub.add_argument("--product", required=True, help="as the bundle names it")
     sub.add_argument("value", type=float, help="parts that score higher are defective")
+    sub.add_argument("--precision", choices=("int8", "fp8"), help="its own threshold; default: that of all others")
 
     sub = command("predict", predict, "give verdicts on images")
     sub.add_argument("bundle", type=Path, help="such as line3.omniad")
@@ -168,6 +176,13 @@ def parser() -> argparse.ArgumentParser:
     sub = command("demo", demo, "train, calibrate, export and inspect a small generated product line")
     sub.add_argument("--out", type=Path, default=Path("demo"), help="folder for everything it makes")
     return top
+
+
+def add_quantise(sub: argparse.ArgumentParser, help: str) -> None:
+    group = sub.add_mutually_exclusive_group()
+    for name, whose in (("int8", ""), ("fp8", "; for TensorRT from sm_89 on, needs --fp16 in the export")):
+        text = help.format(name) + whose
+        group.add_argument(f"--{name}", dest="quantise", action="store_const", const=name, help=text)
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -266,20 +281,29 @@ def export(options: argparse.Namespace) -> None:
     if options.targets:
         require("triton", "kernels")
     if options.engine:
+        from .export.tensorrt_engine import check_device
         from .tensorrt_engine import check_machine
 
-        check_machine(options.fp16)  # before the minutes that the rest takes
+        check_device(options.device)
+        check_machine(options.fp16, options.quantise or "fp16")  # before the minutes that the rest takes
     from .export.bundle_export import export_bundle
 
     made = export_bundle(
-        options.run, options.out, options.fp16, options.data, options.targets, print_parity, print
+        options.run,
+        options.out,
+        options.fp16,
+        options.data,
+        options.targets,
+        print_parity,
+        print,
+        options.quantise,
     )
     for product, calibration in made.calibrations.items():
         print_calibration(product, calibration)
     print_recognition(made.recognition)
     print(f"{made.path}: {made.size_bytes / 1e6:.1f} MB, {'fp16' if options.fp16 else 'fp32'}")
     if options.engine:
-        build_engine(options.out)
+        build_engine(options.out, precision=options.quantise or "fp16")
 
 
 def build(options: argparse.Namespace) -> None:
@@ -287,17 +311,23 @@ def build(options: argparse.Namespace) -> None:
     from .sizes import size_bytes
 
     check_device(options.device)
-    build_engine(options.bundle, options.batches, size_bytes(options.workspace))
+    precision = options.quantise or "fp16"
+    build_engine(options.bundle, options.batches, size_bytes(options.workspace), precision)
 
 
-def build_engine(path: Path, batches: Sequence[int] | None = None, workspace_bytes: int | None = None) -> None:
+def build_engine(
+    path: Path,
+    batches: Sequence[int] | None = None,
+    workspace_bytes: int | None = None,
+    precision: str = "fp16",
+) -> None:
     """Opens the bundle's TensorRT engine, which builds it where it is not there; says which one `auto` takes."""
     from .bundle import read_bundle
     from .engine import open_engine
     from .tensorrt_engine import TensorRtEngine
 
     bundle = read_bundle(path)
-    engine = TensorRtEngine(bundle, "TensorRT in fp16", batches, workspace_bytes)
+    engine = TensorRtEngine(bundle, f"TensorRT in {precision}", batches, workspace_bytes, precision)
     of_batches = ", ".join(map(str, engine.batches))
     print(f"engine      {engine.reason}; {of_batches} images at once; self-test passed")
     if not engine.kept:
@@ -312,7 +342,12 @@ def calibrate(options: argparse.Namespace) -> None:
     from .evaluate import calibrate_bundle
 
     calibrations, left_out = calibrate_bundle(
-        options.bundle, options.good, options.max_false_reject, options.confidence
+        options.bundle,
+        options.good,
+        options.max_false_reject,
+        options.confidence,
+        options.backend,
+        options.precision,
     )
     if left_out:
         console.print(f"left out {left_out} images that the model was trained on: their scores run low")
@@ -323,15 +358,24 @@ def calibrate(options: argparse.Namespace) -> None:
 
 
 def threshold(options: argparse.Namespace) -> None:
-    from .bundle import read_bundle, set_thresholds
+    from .bundle import quantised_graph, read_bundle, set_thresholds
     from .errors import InputError
 
-    products = read_bundle(options.bundle).products
+    bundle = read_bundle(options.bundle)
+    products, graphs = bundle.products, [""]
+    if options.precision:
+        quantised = bundle.manifest.get("quantised", {})
+        of_both = {quantised_graph(backend, options.precision) for backend in ("openvino", "tensorrt")}
+        graphs = sorted(of_both & quantised.keys())
+        if not graphs:
+            raise InputError(f"--precision: the bundle was not exported with --{options.precision}")
     if options.product not in products:
         raise InputError(f"product: expected one of {', '.join(products)}; got {options.product!r}")
-    old = products[options.product]
-    set_thresholds(options.bundle, {options.product: old.with_threshold(options.value)}, "set by hand")
-    print(f"{options.product}: threshold {old.threshold:.6g} -> {options.value:.6g}")
+    for graph in graphs:
+        old = bundle.calibrations_of(graph)[options.product]
+        action = f"set by hand for {graph}" if graph else "set by hand"
+        set_thresholds(options.bundle, {options.product: old.with_threshold(options.value)}, action, graph=graph)
+        print(f"{options.product}: threshold {old.threshold:.6g} -> {options.value:.6g}")
 
 
 def predict(options: argparse.Namespace) -> int:
@@ -408,6 +452,10 @@ def info(options: argparse.Namespace) -> None:
     for product, calibration in bundle.products.items():
         print_calibration(product, calibration)
     print_recognition(bundle.recognition)
+    for graph in manifest.get("quantised", {}):
+        print(f"in {graph}:")
+        for product, calibration in bundle.calibrations_of(graph).items():
+            print_calibration(product, calibration)
     for name, report in manifest["parity"].get("engines", {}).items():
         print_parity(name, report)
     for name, part in manifest["parts"].items():

@@ -18,7 +18,7 @@ from .preprocess import resize
 from .tiles import Tiling
 
 BACKENDS = ("fused", "tensorrt", "onnxruntime", "openvino")
-PRECISIONS = ("fp16", "fp32", "bf16")
+PRECISIONS = ("fp16", "fp32", "bf16", "int8", "fp8")
 OUTPUTS = ("anomaly_map", "pred_score", "embedding")  # of the graph; older bundles' have no embedding
 DISTANCES = ("distance_0", "distance_1", "distance_2")  # tensors of the graph: 1 - cosine of each scale
 
@@ -93,20 +93,32 @@ class CpuEngine(ABC):
 
 
 class OnnxRuntimeEngine(CpuEngine):
-    """ONNX Runtime on the CPU, in fp32 whatever precision the weights are stored in."""
+    """ONNX Runtime on the CPU, in fp32 whatever precision the weights are stored in, or in a model's int8.
+
+    as_written: computes every node by itself, for a model that is to run elsewhere. Where a quantised model has
+                scales in fp16, ONNX Runtime 1.32 else rounds biases too, in steps that fp16 cannot hold
+    """
 
     backend = "onnxruntime"
-    precision = "fp32"
 
-    def __init__(self, model: bytes, threads: int | None = None, reason: str = "asked for") -> None:
+    def __init__(
+        self,
+        model: bytes,
+        threads: int | None = None,
+        reason: str = "asked for",
+        precision: str = "fp32",
+        as_written: bool = False,
+    ) -> None:
         import onnxruntime
 
         super().__init__(threads)
-        self.reason = reason
+        self.precision, self.reason = precision, reason
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         if threads is not None:
             options.intra_op_num_threads = threads
+        if as_written:
+            options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         try:
             self.session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
         except Exception as exc:  # its exceptions share no base class
@@ -133,6 +145,8 @@ class OnnxRuntimeEngine(CpuEngine):
 class OpenVinoEngine(CpuEngine):
     """OpenVINO on the CPU. It would compute in bf16 unasked where a CPU has it; here precision is explicit.
 
+    precision: "fp32"; "bf16"; or "int8", of a model that says what to quantise, whose rest is in fp32
+
     In bf16 the tail from the distance maps on is a model of its own in fp32: in bf16 the scores are off by five
     times as much, and it takes under a hundredth of the time.
     """
@@ -158,8 +172,8 @@ class OpenVinoEngine(CpuEngine):
             shape = network.inputs[0].partial_shape
             shape[0] = 1
             network.reshape(shape)
-            parts = [network] if precision == "fp32" else split_at_distances(network)
-            hints = ["f32"] if precision == "fp32" else ["bf16", "f32"]  # a plain export has no second part
+            parts = split_at_distances(network) if precision == "bf16" else [network]
+            hints = ["bf16", "f32"] if precision == "bf16" else ["f32"]  # a plain export has no second part
             self.compiled = [
                 core.compile_model(part, "CPU", settings | {"INFERENCE_PRECISION_HINT": hint})
                 for part, hint in zip(parts, hints, strict=False)
@@ -254,7 +268,7 @@ def open_engine(
     "auto" takes the NVIDIA GPU at hand: the fused kernels if the bundle has them for it, or TensorRT if its engine
     was built already; of both the faster. Else OpenVINO, the faster one on CPUs, where it is installed and the
     bundle passed the parity gate on it: in bf16 if the CPU has it and the bundle passed in it too. Otherwise it
-    takes ONNX Runtime in fp32.
+    takes ONNX Runtime in fp32. int8 and fp8 it never takes unasked.
     Raises InputError for an unknown name, MissingDependencyError or EngineError where what was asked for is not
     to be had here; never takes something else instead.
     """
@@ -270,11 +284,14 @@ def open_network(bundle: Bundle, backend: str, precision: str, threads: int | No
         raise InputError(f"precision: expected auto, {', '.join(PRECISIONS)}; got {precision!r}")
     if threads is not None and (type(threads) is not int or threads < 1):
         raise InputError(f"threads: expected a whole number from 1 on, or None; got {threads!r}")
-    if backend in ("fused", "tensorrt") and precision not in ("auto", "fp16"):
-        names = {"fused": "the fused kernels compute", "tensorrt": "TensorRT computes"}
-        raise EngineError(f"{names[backend]} in fp16; for {precision} use another backend")
+    if backend == "fused" and precision not in ("auto", "fp16"):
+        raise EngineError(f"the fused kernels compute in fp16; for {precision} use another backend")
+    if backend == "tensorrt" and precision in ("fp32", "bf16"):
+        raise EngineError(f"TensorRT computes in fp16, int8 or fp8; for {precision} use another backend")
     if backend in ("onnxruntime", "openvino") and precision == "fp16":
         raise EngineError("CPUs compute in fp32 or bf16; fp16 is the precision of backend='fused', on a GPU")
+    if precision in ("int8", "fp8"):
+        return open_quantised_engine(bundle, backend, precision, threads)
     if backend == "fused":
         return fused.FusedEngine(bundle, "fused kernels in fp16: asked for")
     if backend == "tensorrt":
@@ -293,6 +310,29 @@ def open_network(bundle: Bundle, backend: str, precision: str, threads: int | No
     engine = open_cpu_engine(bundle, backend, precision, threads)
     engine.reason += no_gpu
     return engine
+
+
+def open_quantised_engine(bundle: Bundle, backend: str, precision: str, threads: int | None) -> Engine:
+    """TensorRT where it is asked for or, in this precision, was built already; else a CPU's engine, in int8."""
+    if backend == "tensorrt":
+        return tensorrt_engine.TensorRtEngine(bundle, f"TensorRT in {precision}: asked for", precision=precision)
+    no_gpu = tensorrt_engine.objection(bundle, precision) if backend == "auto" else "another backend was asked for"
+    if not no_gpu:
+        reason = f"TensorRT in {precision}: its engine is there"
+        return tensorrt_engine.TensorRtEngine(bundle, reason, precision=precision)
+    if precision == "fp8":
+        raise EngineError(f"precision fp8: it is computed by TensorRT alone, on a GPU; {no_gpu}")
+    if "graphs/int8.onnx" not in bundle.parts:
+        raise EngineError("precision int8: the bundle has no int8 graph; export it with --int8")
+    model = bundle.onnx("int8")
+    if backend == "openvino":
+        import_openvino()  # what is missing, not an objection
+    against = "ONNX Runtime was asked for" if backend == "onnxruntime" else objection(bundle, "int8")
+    if not against:
+        return OpenVinoEngine(model, "int8", threads, "OpenVINO in int8: asked for, and it passed the parity gate")
+    if backend == "openvino":
+        raise EngineError(f"precision int8: {against}")
+    return OnnxRuntimeEngine(model, threads, f"ONNX Runtime in int8: not OpenVINO, because {against}", "int8")
 
 
 def open_cpu_engine(bundle: Bundle, backend: str, precision: str, threads: int | None) -> Engine:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .bundle import read_bundle, set_thresholds
+from .bundle import quantised_graph, read_bundle, set_thresholds
 from .calibration import Calibration, calibrate
 from .data import Images, Sample, find_samples, load_images, load_masks
 from .engine import open_engine
@@ -273,13 +273,19 @@ def case_of(predictions: Predictions, index: int, calibration: Calibration) -> C
 
 
 def calibrate_bundle(
-    bundle: Path, good: Path, max_false_reject: float | None = None, confidence: float = 0.95
+    bundle: Path,
+    good: Path,
+    max_false_reject: float | None = None,
+    confidence: float = 0.95,
+    backend: str = "auto",
+    precision: str = "auto",
 ) -> tuple[dict[str, Calibration], int]:
     """Set the thresholds of the products in `good` from its images; the bundle is replaced atomically.
 
     good: data set of good images (PRODUCT/good/*); images the model was trained on score too low and are left
-    out. Returns the new calibrations and the number left out. Raises InputError for a product the bundle does
-    not have, CalibrationError if the images cannot support the wish.
+    out. backend, precision: of the engine that scores them, as for `open_engine`; the thresholds are for it.
+    Returns the new calibrations and the number left out. Raises InputError for a product the bundle does not have,
+    CalibrationError if the images cannot support the wish.
     """
     contents = read_bundle(bundle)
     trained_on = set(contents.manifest["trained_on"])
@@ -296,14 +302,17 @@ def calibrate_bundle(
             f"{good}: every image of {', '.join(sorted(empty))} was trained on and scores too low to calibrate "
             "with; bring good images the model has not seen"
         )
-    engine = open_engine(contents)
+    engine = open_engine(contents, backend, precision)
     check_maps_fit(len(unseen), contents.tiling.size)
     with counting("inspecting", len(unseen)) as progress:
         images = load_images(unseen, *contents.tiling.size)
         predictions = predict_images(engine.run_all, images, progress=progress)
     calibrations = calibrate_products(predictions, max_false_reject, confidence)
-    recogniser, limits = read_recogniser(contents), {}
-    if recogniser is not None and predictions.embeddings is not None:
+    graph, limits = quantised_graph(engine.backend, engine.precision), {}
+    recogniser = read_recogniser(contents)
+    # The limits are for all engines: where 8 bits are calibrated, they stay.
+    if recogniser is not None and predictions.embeddings is not None and engine.precision not in ("int8", "fp8"):
         limits = product_limits(predictions, recogniser.space)
-    set_thresholds(bundle, calibrations, f"calibrated with {engine.backend} in {engine.precision}", limits)
+    action = f"calibrated with {engine.backend} in {engine.precision}"
+    set_thresholds(bundle, calibrations, action, limits, graph)
     return calibrations, len(samples) - len(unseen)

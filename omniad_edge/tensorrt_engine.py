@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from . import fused
-from .bundle import Bundle
+from .bundle import Bundle, quantised_graph
 from .cuda_driver import Context, Driver, device_architecture
 from .cuda_graph import CudaGraphPlan, release
 from .errors import BundleError, EngineError, ExportError, OmniADError
@@ -23,6 +23,7 @@ from .export.tensorrt_engine import (
     BuiltEngine,
     build_engine,
     check_batches,
+    check_precision,
     network_model,
     network_parts,
 )
@@ -38,11 +39,12 @@ from .tensorrt_library import find_plugin, import_tensorrt, load_plugin, new_log
 
 
 class TensorRtEngine:
-    """TensorRT on the GPU, in fp16 with fp32 where the graph says so.
+    """TensorRT on the GPU, in fp16 with fp32 where the graph says so, and int8 or fp8 where a quantised one does.
 
     The engine is taken from the cache, else built, which takes minutes and says why, and kept once it has computed
     the bundle's self-test images as the trained network does.
 
+    precision: "fp16", "int8" or "fp8"
     kept: False if it could not be written to the cache; stderr said why
     batches, workspace_bytes: as for `build_engine`; None takes what the kept engine has
     target: where it is built and kept, if not where `Target` says
@@ -50,7 +52,6 @@ class TensorRtEngine:
     """
 
     backend = "tensorrt"
-    precision = "fp16"
 
     def __init__(
         self,
@@ -58,13 +59,15 @@ class TensorRtEngine:
         reason: str = "asked for",
         batches: Sequence[int] | None = None,
         workspace_bytes: int | None = None,
+        precision: str = "fp16",
         target: "Target | None" = None,
     ) -> None:
         if batches is not None:
             check_batches(batches)
             batches = tuple(sorted(batches))
-        self_test = read_self_test(bundle)
-        self.target = target = target or Target(bundle)
+        self.precision = precision
+        self.target = target = target or Target(bundle, precision)
+        self_test = read_self_test(bundle, quantised_graph(self.backend, precision))
         self.reason = f"{reason}; {target.graph}"
         self.input_size = bundle.height, bundle.width
         self.channels = embedding_channels(bundle)
@@ -215,7 +218,7 @@ class Target:
     Raises EngineError, MissingDependencyError or BundleError where there can be no engine.
     """
 
-    def __init__(self, bundle: Bundle) -> None:
+    def __init__(self, bundle: Bundle, precision: str = "fp16") -> None:
         self.trt = import_tensorrt()
         self.arch = device_architecture()
         if self.arch is None:
@@ -223,10 +226,12 @@ class Target:
                 "no NVIDIA GPU, driver or cuda-bindings was found: "
                 'see "inspect on an NVIDIA GPU" in `omniad doctor`'
             )
+        check_precision(precision, self.arch)
         library = find_plugin()
-        self.parts = network_parts(bundle, self.arch, library)
+        self.parts = network_parts(bundle, self.arch, library, precision)
         self.plugin = library if PLUGIN_GRAPH in self.parts else None
-        self.graph = "with our plugin" if self.plugin else f"without our plugin: {why_plain(library, self.arch)}"
+        why = why_plain(library, self.arch, precision)
+        self.graph = "with our plugin" if self.plugin else f"without our plugin: {why}"
         self.driver = Driver()
         digests = [bundle.manifest["parts"][name]["sha256"] for name in self.parts]
         self.cache = PlanCache(
@@ -293,29 +298,33 @@ def build_server_plan(bundle: Bundle, most: int) -> bytes:
     return target.plan
 
 
-def why_plain(library: Path | None, arch: int) -> str:
+def why_plain(library: Path | None, arch: int, precision: str) -> str:
+    if precision != "fp16":
+        return "it computes in fp16"
     if library is None:
         return "there is no libomniad_plugin.so, or OMNIAD_PLUGIN=none"
     return f"the bundle has no plugin graph with kernels for sm_{arch}"
 
 
-def check_machine(fp16: bool) -> None:
+def check_machine(fp16: bool, precision: str = "fp16") -> None:
     """Raises an error where `omniad-export --engine tensorrt` could not build its engine in the end."""
     if not fp16:
         raise ExportError("--engine: TensorRT computes in fp16 here; export with --fp16 too")
     import_tensorrt()
-    if device_architecture() is None:
+    arch = device_architecture()
+    if arch is None:
         raise EngineError(
             "--engine: an engine is built on the machine that runs it, and here is no NVIDIA GPU; export without "
             "--engine, then run on that machine: omniad build BUNDLE"
         )
+    check_precision(precision, arch)
 
 
-def objection(bundle: Bundle) -> str:
+def objection(bundle: Bundle, precision: str = "fp16") -> str:
     """Why `auto` should not take TensorRT here; empty if its engine is there. Never builds one."""
     try:
-        target = Target(bundle)
-        read_self_test(bundle)
+        target = Target(bundle, precision)
+        read_self_test(bundle, quantised_graph("tensorrt", precision))
         target.stored(None, None)
     except OmniADError as exc:
         return str(exc)

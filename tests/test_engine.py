@@ -147,7 +147,7 @@ def test_openvino_is_not_loaded_where_it_is_not_a_choice(bundle, machine, monkey
     "wrong, message",
     [
         ({"backend": "cuda"}, "backend: expected auto, fused, tensorrt, onnxruntime, openvino; got 'cuda'"),
-        ({"precision": "int8"}, "precision: expected auto, fp16, fp32, bf16; got 'int8'"),
+        ({"precision": "int4"}, "precision: expected auto, fp16, fp32, bf16, int8, fp8; got 'int4'"),
         ({"threads": 0}, "threads: expected a whole number from 1 on, or None; got 0"),
         ({"threads": "2"}, "got '2'"),
         ({"threads": True}, "got True"),

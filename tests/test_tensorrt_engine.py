@@ -696,7 +696,7 @@ def test_bundles_that_have_not_what_it_takes(bundle, machine):
             open_engine(Bundle(bundle.manifest, parts), "tensorrt")
     with pytest.raises(BundleError, match=r"self_test\.onnx is not as omniad-export writes it"):
         open_engine(Bundle(bundle.manifest, bundle.parts | {SELF_TEST: b"PK"}), "tensorrt")
-    with pytest.raises(EngineError, match="TensorRT computes in fp16; for fp32"):
+    with pytest.raises(EngineError, match="TensorRT computes in fp16, int8 or fp8; for fp32"):
         open_engine(bundle, "tensorrt", "fp32")
 
 
