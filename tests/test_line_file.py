@@ -164,7 +164,7 @@ def test_every_mistake_is_named_at_once(folder):
         on_timeout = "wait"
         views = true
         rule = "some"
-        precision = "fp8"
+        precision = "fp4"
         [outputs]
         on_error = "stop"
         json_lines = "parts"
@@ -191,7 +191,7 @@ def test_every_mistake_is_named_at_once(folder):
         "rule": "expected 'any' or 'all'; got 'some'",
         "policy": "expected 'every' or 'latest'; got 'newest'",
         "backend": "got 'cuda'",
-        "precision": "got 'fp8'",
+        "precision": "got 'fp4'",
         "outputs.on_error": "unknown here; write it before the first [table]",
         "outputs.json_lines": "expected a file",
         "outputs.spool": "missing; expected a folder for what mqtt has not delivered",
