@@ -19,7 +19,7 @@ from .model import PRESETS
 from .products import write_conveyor, write_line
 from .progress import say
 from .report import write_metrics_json
-from .result import DEFECTIVE, Result
+from .result import GOOD, Result
 from .train import train
 from .versions import versions
 
@@ -101,7 +101,7 @@ def summary(evaluation: Evaluation, results: list[tuple[str, Result]]) -> tuple[
     for metrics in (*evaluation.metrics, mean_metrics(evaluation.metrics)):
         of = [(kind, r) for kind, r in results if metrics.product in (r.product, "mean")]
         p50, p99 = np.percentile([result.speed_ms["total"] for _, result in of], (50, 99))
-        right = sum((kind != "good") == (result.pred_label == DEFECTIVE) for kind, result in of)
+        right = sum((kind != GOOD) == (result.pred_label != GOOD) for kind, result in of)
         values = (metrics.image_auroc, metrics.pixel_auroc, metrics.aupro)
         cells = [f"{100 * value:.1f}" for value in values] + [f"{p50:.1f}", f"{p99:.1f}", f"{right}/{len(of)}"]
         table.add_row(metrics.product, *cells)
