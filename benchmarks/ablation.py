@@ -23,6 +23,7 @@ from time import monotonic
 
 import numpy as np
 import torch
+from command import exit_code, make_parser, positive, write_json
 from machine import facts
 from torch import Tensor
 
@@ -30,11 +31,12 @@ from omniad_edge.anomaly_map import anomaly_map
 from omniad_edge.backbone import ResNet
 from omniad_edge.data import Images, find_samples, load_images, load_masks
 from omniad_edge.distributed import World, choose_device
-from omniad_edge.errors import DataError, InputError, OmniADError
+from omniad_edge.errors import DataError, InputError
 from omniad_edge.evaluate import Predictions
-from omniad_edge.files import atomic_write, file_sha256
+from omniad_edge.files import file_sha256
 from omniad_edge.metrics import evaluate_maps, mean_metrics
 from omniad_edge.model import ATTENTION_OUTPUTS, ATTENTIONS, BRANCHES, PRESETS, ModelConfig, OmniAD, normalise
+from omniad_edge.progress import say
 from omniad_edge.run_folder import differences
 from omniad_edge.train import Trainer, learning_rate
 from omniad_edge.training_images import check_memory, load_good_images
@@ -54,23 +56,23 @@ CHUNK = 16  # images whose features are computed at once
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    try:
+
+    def work() -> None:
         report = open_report(args)
         sweep(args, report)
         print_tables(args, report)
-    except (OmniADError, OSError, FloatingPointError) as exc:
-        print(f"ablation: {exc}", file=sys.stderr)
-        return 1
+
+    try:
+        return exit_code("ablation", work)
+    except FloatingPointError as exc:
+        say(f"ablation: {exc}")
     except KeyboardInterrupt:
-        print(f"ablation: interrupted; the same command goes on from {args.out}", file=sys.stderr)
-        return 1
-    return 0
+        say(f"ablation: interrupted; the same command goes on from {args.out}")
+    return 1
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--data", type=Path, required=True, help="data set with test images and masks")
     parser.add_argument("--out", type=Path, required=True, help="JSON file of all runs; gone on with if it exists")
     parser.add_argument("--table", choices=TABLES, nargs="+", default=list(TABLES), help="(default: all)")
@@ -84,12 +86,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     args.backbone_weights = args.backbone_weights or ("imagenet" if args.preset else "procedural")
     return args
-
-
-def positive(text: str) -> int:
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected at least 1; got {text}")
-    return int(text)
 
 
 # ---- runs
@@ -130,15 +126,12 @@ def sweep(args: argparse.Namespace, report: dict) -> None:
     for index, (config, seed) in enumerate(lacking, 1):
         run = bench.run(config, seed)
         report["runs"].append(run)
-        with atomic_write(args.out) as part:
-            part.write_text(json.dumps(report, indent=1), encoding="utf-8")
+        write_json(args.out, report)
         what = ", ".join(f"{name} {getattr(config, name)}" for name, _ in TABLES.values())
         aurocs = ", ".join(f"{p['product']} {p['image_auroc']:.3f}" for p in run["products"])
-        print(
+        say(
             f"run {index} of {len(lacking)}: {what}, seed {seed}: loss {run['loss']:.4f}, image AUROC {aurocs}, "
-            f"{run['train_s']:.0f} s",
-            file=sys.stderr,
-            flush=True,
+            f"{run['train_s']:.0f} s"
         )
 
 

@@ -20,7 +20,6 @@ Data on stdout, progress on stderr; exit code 0, 1 failure, 2 usage.
 """
 
 import argparse
-import json
 import os
 import sys
 import tempfile
@@ -29,7 +28,7 @@ from pathlib import Path
 
 import torch
 from accuracy_report import print_report, write_html
-from cpu import natural, positive
+from command import exit_code, make_parser, natural, positive, write_json
 from detection import REFERENCE, as_json, bundle_of_run, exported, measure_products, open_engines, training_samples
 from machine import facts, load_average
 from one_image import time_in_turns
@@ -38,8 +37,7 @@ from peer_runs import Peers
 from omniad_edge.cli import PRESETS, image_size
 from omniad_edge.data import Sample, find_samples
 from omniad_edge.engine import Engine
-from omniad_edge.errors import DataError, InputError, OmniADError
-from omniad_edge.files import atomic_write
+from omniad_edge.errors import DataError, InputError
 from omniad_edge.metrics import METRICS, mean_metrics
 from omniad_edge.model import PRESETS as CONFIGS
 from omniad_edge.model import OmniAD
@@ -69,24 +67,19 @@ PAPERS = {
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    try:
+
+    def work() -> None:
         report = measure(args)
         print_report(report)
-        if args.json:
-            with atomic_write(args.json) as part:
-                part.write_text(json.dumps(report, indent=1, allow_nan=False), encoding="utf-8")
+        write_json(args.json, report)
         if args.report:
             write_html(args.report, report)
-    except (OmniADError, OSError) as exc:
-        print(f"accuracy: {exc}", file=sys.stderr)
-        return 1
-    return 0
+
+    return exit_code("accuracy", work)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--data", type=Path, required=True, help="data set with test images and masks")
     parser.add_argument("--run", type=Path, nargs="+", help="measure these runs or checkpoints, train none")
     parser.add_argument("--bundle", type=Path, help="of the one --run: measure this one, export none")

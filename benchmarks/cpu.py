@@ -29,6 +29,7 @@ from time import perf_counter, sleep
 
 import numpy as np
 from cases import FRAME_SHAPE, Case, Run, open_case, random_pixels
+from command import exit_code, make_parser, natural, positive, write_json
 from cpu_report import PLAIN_FORMS, print_report
 from energy import measure_energy
 from machine import JETSON, facts, jetson_state, load_average
@@ -38,7 +39,7 @@ from omniad_edge import Detector, fused, tensorrt_engine
 from omniad_edge.bundle import Bundle, read_bundle
 from omniad_edge.engine import cpu_has_bf16, import_openvino, objection
 from omniad_edge.errors import InputError, MissingDependencyError, OmniADError
-from omniad_edge.files import atomic_write
+from omniad_edge.progress import say
 
 SCHEMA = 1  # of the JSON
 GROUPS = ("ours", "ours-fp16", "torch", "paper", "module")
@@ -62,22 +63,17 @@ PRESETS = ("base", "fast", "small")
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    try:
+
+    def work() -> None:
         report = measure(args)
         print_report(report)
-        if args.json:
-            with atomic_write(args.json) as part:
-                part.write_text(json.dumps(report, indent=1, allow_nan=False), encoding="utf-8")
-    except (OmniADError, OSError) as exc:
-        print(f"latency: {exc}", file=sys.stderr)
-        return 1
-    return 0
+        write_json(args.json, report)
+
+    return exit_code("latency", work)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--bundle", type=Path, help="measure this bundle instead of one with seeded weights")
     parser.add_argument("--preset", choices=PRESETS, help="network, if no bundle is given (default: base)")
     parser.add_argument("--size", type=int, help="input height and width, if no bundle is given (default: 256)")
@@ -97,22 +93,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         if name not in (*GROUPS, *NAMES):
             parser.error(f"--only: expected one of {', '.join((*GROUPS, *NAMES))}; got {name!r}")
     return args
-
-
-def positive(text: str) -> int:
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected at least 1; got {text}")
-    return int(text)
-
-
-def natural(text: str) -> int:
-    if int(text) < 0:
-        raise argparse.ArgumentTypeError(f"expected at least 0; got {text}")
-    return int(text)
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 # ---- what to measure

@@ -15,7 +15,6 @@ Data on stdout, progress on stderr; exit code 0, 1 failure, 2 usage.
 """
 
 import argparse
-import json
 import random
 import sys
 from collections.abc import Callable
@@ -27,6 +26,7 @@ from time import perf_counter, sleep
 
 import numpy as np
 import torch
+from command import exit_code, make_parser, write_json
 from energy import measure_energy, print_energy
 from gpu_cases import Bench, Case, make_cases, outputs
 from machine import JETSON, facts, jetson_state
@@ -37,7 +37,6 @@ from omniad_edge.data import find_samples, load_images
 from omniad_edge.errors import OmniADError
 from omniad_edge.evaluate import predict_images
 from omniad_edge.export.parity import compare
-from omniad_edge.files import atomic_write
 from omniad_edge.fused import BATCHES as FUSED_BATCHES
 from omniad_edge.kernels.fold import Network, named_arrays
 from omniad_edge.kernels.jit import JitPlan
@@ -65,9 +64,7 @@ MATMUL_SIZE = 8192
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = make_parser(__doc__)
     parser.add_argument(
         "parts", nargs="*", default=PARTS, metavar="PART", help=f"{', '.join(PARTS)} (default: all)"
     )
@@ -80,33 +77,32 @@ def main(argv: list[str] | None = None) -> int:
     for part in args.parts:
         if part not in PARTS:
             parser.error(f"expected some of {', '.join(PARTS)}; got {part!r}")
-    try:
-        arch = device_architecture()
-        if arch is None or not torch.cuda.is_available():
-            raise OmniADError("no NVIDIA GPU, or torch cannot use it")
-        report = {"schema": SCHEMA, "header": header(args, arch), "jetson_before": jetson_state()}
-        bench = Bench(arch, seeded_model(ModelConfig()))
-        if "e2e" in args.parts:
-            report["e2e"] = end_to_end(bench)
-            trained = args.run and Bench(arch, load_run(args.run)[0])
-            report["e2e"].append(product_line(trained or bench, labelled=trained is not None))
-            print_check(report["e2e"][-1])
-        if "latency" in args.parts:
-            report |= latency(bench, args)
-        if {"latency", "probes"} & set(args.parts):
-            report["floors"] = measure_floors(bench)
-            print("floors  " + "  ".join(f"{name} {value:.4g}" for name, value in report["floors"].items()))
-            for row in report.get("latency", []):
-                row["times_floor"] = round(row["engine"]["p50_ms"] / floor_ms(report["floors"], row["batch"]), 2)
-                print(f"batch {row['batch']:<3} {row['case']:<36} {row['times_floor']:.2f} times the floor")
-        report["jetson_after"] = jetson_state()
-        if args.json:
-            with atomic_write(args.json) as part:
-                part.write_text(json.dumps(report, indent=1, allow_nan=False), encoding="utf-8")
-        return 0 if all(row["passed"] for row in report.get("e2e", [])) else 1
-    except (OmniADError, OSError) as exc:
-        print(f"gpu: {exc}", file=sys.stderr)
-        return 1
+    return exit_code("gpu", lambda: measure(args))
+
+
+def measure(args: argparse.Namespace) -> bool:
+    """Whether all that is checked passed. Raises OmniADError without a GPU."""
+    arch = device_architecture()
+    if arch is None or not torch.cuda.is_available():
+        raise OmniADError("no NVIDIA GPU, or torch cannot use it")
+    report = {"schema": SCHEMA, "header": header(args, arch), "jetson_before": jetson_state()}
+    bench = Bench(arch, seeded_model(ModelConfig()))
+    if "e2e" in args.parts:
+        report["e2e"] = end_to_end(bench)
+        trained = args.run and Bench(arch, load_run(args.run)[0])
+        report["e2e"].append(product_line(trained or bench, labelled=trained is not None))
+        print_check(report["e2e"][-1])
+    if "latency" in args.parts:
+        report |= latency(bench, args)
+    if {"latency", "probes"} & set(args.parts):
+        report["floors"] = measure_floors(bench)
+        print("floors  " + "  ".join(f"{name} {value:.4g}" for name, value in report["floors"].items()))
+        for row in report.get("latency", []):
+            row["times_floor"] = round(row["engine"]["p50_ms"] / floor_ms(report["floors"], row["batch"]), 2)
+            print(f"batch {row['batch']:<3} {row['case']:<36} {row['times_floor']:.2f} times the floor")
+    report["jetson_after"] = jetson_state()
+    write_json(args.json, report)
+    return all(row["passed"] for row in report.get("e2e", []))
 
 
 def header(args: argparse.Namespace, arch: int) -> dict:

@@ -1,7 +1,6 @@
 """A network ready to be measured on a GPU, and the ways to compute it: ours, torch's, ONNX Runtime's."""
 
 import json
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from time import perf_counter
@@ -25,6 +24,7 @@ from omniad_edge.kernels.pack import pack
 from omniad_edge.kernels.schedule import for_batch
 from omniad_edge.model import OmniAD, normalise
 from omniad_edge.native import NativeExecutor
+from omniad_edge.progress import say
 
 
 class Bench:
@@ -181,7 +181,3 @@ def onnxruntime_case(bench: Bench, batch: int, vendor: str):
         lambda pixels: session.run(None, {"pixels": normalised(pixels)}),
         None,
     )
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

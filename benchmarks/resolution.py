@@ -9,7 +9,6 @@ in turns.
 Data on stdout, progress on stderr; exit code 0, 1 failure, 2 usage.
 """
 
-import argparse
 import json
 import os
 import sys
@@ -22,19 +21,20 @@ os.environ.setdefault("GOMP_SPINCOUNT", "4000")  # as the command line does, bef
 import cv2
 import numpy as np
 import torch
+from command import exit_code, make_parser, positive, write_json
 from machine import facts, load_average
 
 from omniad_edge.data import Sample, find_samples, load_images, load_masks
 from omniad_edge.distributed import World
 from omniad_edge.engine import Engine, OpenVinoEngine, TiledEngine
-from omniad_edge.errors import DataError, OmniADError
+from omniad_edge.errors import DataError
 from omniad_edge.evaluate import predict_images
 from omniad_edge.export.onnx_graph import build_graph, weights_message
-from omniad_edge.files import atomic_write
 from omniad_edge.image import read_image
 from omniad_edge.kernels.fold import fold
 from omniad_edge.metrics import auroc, evaluate_maps
 from omniad_edge.model import PRESETS, ModelConfig, OmniAD
+from omniad_edge.progress import say
 from omniad_edge.train import LEARNING_RATE, LR_DROP, LR_DROP_AT, Trainer
 from omniad_edge.weights import load_backbone
 
@@ -116,7 +116,7 @@ def measure(data: Path, steps: int, batch: int) -> list[dict]:
         engines.append(opened(model))
         row = {"seen": str(config.tiling), "tiles": config.tiling.count, "train_seconds": seconds}
         rows.append(row | judge(engines[-1], test, masks))
-        print(json.dumps(rows[-1]), file=sys.stderr)
+        say(json.dumps(rows[-1]))
     frame = read_image(test[0].path)
     frame_size = f"{frame.shape[1]}x{frame.shape[0]}"
     for row, samples in zip(rows, frame_ms(engines, frame), strict=True):
@@ -125,27 +125,24 @@ def measure(data: Path, steps: int, batch: int) -> list[dict]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--data", type=Path, required=True, help="data set with good and defective test images")
     parser.add_argument("--json", type=Path, help="write everything to this file")
-    parser.add_argument("--steps", type=int, default=100, help="of training each case (default: 100)")
-    parser.add_argument("--batch", type=int, default=8, help="images or tiles a step (default: 8)")
+    parser.add_argument("--steps", type=positive, default=100, help="of training each case (default: 100)")
+    parser.add_argument("--batch", type=positive, default=8, help="images or tiles a step (default: 8)")
     args = parser.parse_args(argv)
     report = {"schema": 1, "machine": facts(), "load_before": load_average(), "preset": "small"}
     report |= {"backbone_weights": "procedural", "steps": args.steps, "batch": args.batch, "seed": SEED}
     report |= {"data": args.data.name, "engine": "OpenVINO fp32", "judged_px": JUDGED_PX}
-    try:
+
+    def work() -> None:
         report["rows"] = measure(args.data, args.steps, args.batch)
         report["load_after"] = load_average()
         for row in report["rows"]:
             print(json.dumps({name: value for name, value in row.items() if name != "samples_ms"}))
-        if args.json:
-            with atomic_write(args.json) as part:
-                part.write_text(json.dumps(report, indent=1), encoding="utf-8")
-    except (OmniADError, OSError) as exc:
-        print(f"resolution: {exc}", file=sys.stderr)
-        return 1
-    return 0
+        write_json(args.json, report)
+
+    return exit_code("resolution", work)
 
 
 if __name__ == "__main__":

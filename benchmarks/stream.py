@@ -12,7 +12,6 @@ memory and the frames' age over time.
 Data on stdout, progress on stderr; exit code 0, 1 failure (also if a frame is missing), 2 usage.
 """
 
-import argparse
 import json
 import sys
 import tempfile
@@ -23,16 +22,17 @@ from time import monotonic, sleep
 
 import cv2
 import numpy as np
+from command import exit_code, make_parser, write_json
 from machine import facts, load_average
 from process import memory_mib
 
 from omniad_edge import Detector
 from omniad_edge.calibration import Calibration
 from omniad_edge.errors import CameraError, InputError, OmniADError
-from omniad_edge.files import atomic_write
 from omniad_edge.frame import EndOfSource, Frame
 from omniad_edge.line.line import Line
 from omniad_edge.outputs.json_lines import JsonLines
+from omniad_edge.progress import say
 from omniad_edge.result import Result, decide
 
 SIZE_PX = 256  # of the stand-in's anomaly maps
@@ -197,7 +197,7 @@ def film(path: Path, bundle: Path, minutes: float) -> dict:
                 next_s += SAMPLE_EVERY_S
                 age = percentiles(output.age_ms)
                 samples.append({"seconds": round(line.snapshot().uptime_s), **memory_mib(), **age})
-                print(samples[-1], file=sys.stderr)
+                say(str(samples[-1]))
         counts = line.snapshot().counts
     return {"film": path.name, "rate_hz": rate_hz, "minutes": minutes, "counts": str(counts), "samples": samples}
 
@@ -206,7 +206,7 @@ def film(path: Path, bundle: Path, minutes: float) -> dict:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--json", type=Path, help="write everything to this file")
     parser.add_argument("--seconds", type=float, default=20.0, help="of each setting (default: 20)")
     parser.add_argument("--film", type=Path, help="loop this film through a real engine instead")
@@ -216,20 +216,17 @@ def main(argv: list[str] | None = None) -> int:
     if (args.film is None) != (args.bundle is None):
         parser.error("--film and --bundle: give both or none")
     report = {"schema": 1, "machine": facts(), "load_before": load_average()}
-    try:
+
+    def work() -> None:
         if args.film:
             report["film"] = film(args.film, args.bundle, args.minutes)
         else:
             report["rows"] = [paced(*setting, args.seconds) for setting in SETTINGS]
             for row in report["rows"]:
                 print(json.dumps(row))
-        if args.json:
-            with atomic_write(args.json) as part:
-                part.write_text(json.dumps(report, indent=1), encoding="utf-8")
-    except (OmniADError, OSError) as exc:
-        print(f"stream: {exc}", file=sys.stderr)
-        return 1
-    return 0
+        write_json(args.json, report)
+
+    return exit_code("stream", work)
 
 
 if __name__ == "__main__":

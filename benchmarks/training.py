@@ -13,7 +13,6 @@ Data on stdout, progress on stderr; exit code 0, 1 failure, 2 usage.
 """
 
 import argparse
-import json
 import random
 import sys
 from dataclasses import replace
@@ -22,12 +21,13 @@ from time import perf_counter, process_time
 
 import numpy as np
 import torch
+from command import exit_code, make_parser, positive, write_json
 from machine import facts, load_average
 
 from omniad_edge.distributed import World, choose_device
 from omniad_edge.errors import OmniADError
-from omniad_edge.files import atomic_write
 from omniad_edge.model import PRESETS, ModelConfig, OmniAD
+from omniad_edge.progress import say
 from omniad_edge.train import Trainer
 
 SCHEMA = 1  # of the JSON
@@ -37,22 +37,17 @@ STEPS_A_SAMPLE = {"cpu": 1, "cuda": 20}
 
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
-    try:
+
+    def work() -> None:
         report = measure(args)
         print_report(report)
-        if args.json:
-            with atomic_write(args.json) as part:
-                part.write_text(json.dumps(report, indent=1, allow_nan=False), encoding="utf-8")
-    except (OmniADError, OSError) as exc:
-        print(f"training: {exc}", file=sys.stderr)
-        return 1
-    return 0
+        write_json(args.json, report)
+
+    return exit_code("training", work)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-    )
+    parser = make_parser(__doc__)
     parser.add_argument("--json", type=Path, help="write everything, raw samples too, to this file")
     parser.add_argument("--preset", choices=PRESETS, default="base", help="(default: base)")
     parser.add_argument("--depths", type=positive, nargs=4, help="blocks per stage (default: the preset's)")
@@ -63,12 +58,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=positive, help="of the CPU (default: torch's choice)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
     return parser.parse_args(argv)
-
-
-def positive(text: str) -> int:
-    if int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected at least 1; got {text}")
-    return int(text)
 
 
 def measure(args: argparse.Namespace) -> dict:
@@ -87,7 +76,7 @@ def measure(args: argparse.Namespace) -> dict:
     samples = {case: [] for case in cases}
     shuffle = random.Random(0).shuffle
     for index in range(-args.warm_up, args.samples):
-        print(f"round {index + 1} of {args.samples}" if index >= 0 else "warming up", file=sys.stderr, flush=True)
+        say(f"round {index + 1} of {args.samples}" if index >= 0 else "warming up")
         shuffle(order := list(cases))
         for case in order:
             sample = time_steps(trainers[case], STEPS_A_SAMPLE[device.type])

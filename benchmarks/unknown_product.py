@@ -7,19 +7,19 @@ teacher's features count, so nothing is trained: --backbone-weights says of whic
 """
 
 import argparse
-import json
 import random
 import sys
 from pathlib import Path
 
 import numpy as np
+from command import exit_code, make_parser, positive, write_json
 from machine import facts
 from rich.console import Console
 from rich.table import Table
 
 from omniad_edge.data import Sample, find_samples, load_images
-from omniad_edge.files import atomic_write
 from omniad_edge.model import ModelConfig, OmniAD
+from omniad_edge.progress import say
 from omniad_edge.recognition import LIGHT_COPIES, Recogniser, fit, limit_of, other_light, shown_product
 from omniad_edge.weights import load_backbone
 
@@ -27,15 +27,19 @@ SETS = ("fit", "fit in other light", "limit", "good", "good in other light", "de
 HELD_OUT = 5  # of the training images every fifth is for the limit
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: list[str] | None = None) -> int:
+    parser = make_parser(__doc__)
     parser.add_argument("--data", type=Path, nargs="+", required=True)
-    parser.add_argument("--size", type=int, default=128, help="input size in pixels")
-    parser.add_argument("--images", type=int, default=50, help="of each product and kind at most")
+    parser.add_argument("--size", type=positive, default=128, help="input size in pixels")
+    parser.add_argument("--images", type=positive, default=50, help="of each product and kind at most")
     parser.add_argument("--backbone", default="resnet18")
     parser.add_argument("--backbone-weights", default="procedural")
     parser.add_argument("--json", type=Path)
-    options = parser.parse_args()
+    args = parser.parse_args(argv)
+    return exit_code("unknown_product", lambda: measure(args))
+
+
+def measure(options: argparse.Namespace) -> None:
     model = OmniAD(ModelConfig(backbone=options.backbone, height=options.size, width=options.size)).eval()
     weights = load_backbone(model.teacher, options.backbone, options.backbone_weights)
     embedded = {}
@@ -44,15 +48,12 @@ def main() -> None:
         for product in sorted({sample.product for sample in train}):
             of = [[sample for sample in samples if sample.product == product] for samples in (train, test)]
             embedded[product] = embed(model, *of, options.images)
-            print(product, {name: len(values) for name, values in embedded[product].items()}, file=sys.stderr)
+            say(f"{product}: " + ", ".join(f"{name} {len(of)}" for name, of in embedded[product].items()))
     rows = [leave_out(product, embedded) for product in embedded]
     show(rows)
-    if options.json:
-        images = {product: {name: len(of[name]) for name in SETS} for product, of in embedded.items()}
-        conditions = {"size_px": options.size, "backbone": options.backbone, "backbone_weights": weights}
-        report = {"machine": facts(), **conditions, "images": images, "left_out": rows}
-        with atomic_write(options.json) as part:
-            part.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    images = {product: {name: len(of[name]) for name in SETS} for product, of in embedded.items()}
+    conditions = {"size_px": options.size, "backbone": options.backbone, "backbone_weights": weights}
+    write_json(options.json, {"machine": facts(), **conditions, "images": images, "left_out": rows})
 
 
 def embed(model: OmniAD, train: list[Sample], test: list[Sample], limit: int) -> dict[str, np.ndarray]:
@@ -113,4 +114,4 @@ def show(rows: list[dict]) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
