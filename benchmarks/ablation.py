@@ -96,7 +96,7 @@ def open_report(args: argparse.Namespace) -> dict:
     config = PRESETS[args.preset] if args.preset else SMALLEST
     settings = {
         "model": replace(config, height=args.size, width=args.size).to_dict(),
-        "data": str(args.data.resolve()),
+        "data": args.data.resolve().name,
         "epochs": args.epochs,
         "batch_size": args.batch_size,
         "backbone_weights": args.backbone_weights,
