@@ -17,9 +17,9 @@ from omniad_edge.weights import write_tensors
 
 SCRIPT = Path(__file__).with_name("peers.py")
 LABELS = {"padim": "PaDiM", "patchcore": "PatchCore"}
-# PatchCore's coreset keeps one small tensor of each step, which glibc puts into the hole that the step's large one
-# left: the next large one no longer fits there. On 100 images of 128 px it took 22 GB before it was half done; with
-# this, from which size memory goes back to the system, 1 GB.
+# PatchCore's coreset keeps a small tensor of each step, which glibc puts into the hole that the step's large one
+# left, where the next large one no longer fits: 22 GB for half of 100 images of 128 px. With this, the size from
+# which memory goes back to the system, 1 GB for all.
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "1048576"}
 
 
