@@ -74,16 +74,18 @@ def compile_plans(plans: Iterable[Plan], arch: int) -> dict[str, Kernel]:
 
 
 def self_test(reference: Predictions, model: OmniAD) -> bytes:
-    """Some of what the network saw in the gate, images or their tiles, with the trained network's maps; and the
-    deviation of all images' scores, or 0."""
+    """Some of what the network saw in the gate, images or their tiles, and what the trained network gives of them;
+    also the deviation of all images' scores, or 0."""
     tiling = model.config.tiling
     count = len(reference.images.samples) * tiling.count
     chosen = np.unique(np.linspace(0, count - 1, SELF_TEST_IMAGES).astype(int))
     pixels = tiling.pick(reference.images.pixels, chosen)
+    anomaly_map, _, embedding = model.predict_all(pixels)
     return weights_message(
         {
             "pixels": pixels.astype(np.float16),  # exact, and our readers know no integers
-            "anomaly_map": model.predict(pixels)[0].astype(np.float32),
+            "anomaly_map": anomaly_map.astype(np.float32),
+            "embedding": embedding.astype(np.float32),
             "score_deviation": np.array(score_deviation(reference) or 0.0, np.float32),
         }
     )

@@ -68,9 +68,10 @@ class JitPlan:
         for launch in self.plan.launches:
             run(launch, self.tensors)
 
-    def run(self, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """pixels (N, H, W, 3) uint8 RGB -> anomaly_map (N, H, W), pred_score (N,), fp32."""
+    def run(self, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """pixels (N, H, W, 3) uint8 RGB -> anomaly_map (N, H, W), pred_score (N,), embedding (N, D), fp32."""
         self.tensors["pixels"].copy_(torch.from_numpy(pixels))
         self.launch()
-        anomaly_map, peaks = (self.tensors[name].cpu().numpy().copy() for name in ("anomaly_map", "peaks"))
-        return anomaly_map, peaks.max(1)
+        made = (self.tensors[name].cpu().numpy().copy() for name in ("anomaly_map", "peaks", "embedding"))
+        anomaly_map, peaks, embedding = made
+        return anomaly_map, peaks.max(1), embedding

@@ -20,6 +20,7 @@ from .depthwise import depthwise_call
 from .expand import expand_call
 from .fold import EPS, MIX_SCALE, Array, Block, Conv, Expand, Local, Network, Residual, Step, named_arrays
 from .map import anomaly_map_call, cosine_call, tiles
+from .means import means_call, parts_of, sums_call
 from .mix import mix_call
 from .norm import tile_rows
 from .pack import KERNEL_ROW
@@ -49,13 +50,15 @@ def build_plan(network: Network, batch: int, half: bool = True) -> Plan:
     """The plan for one batch size, in fp16 with fp32 where it matters, or wholly in fp32 (for tests).
 
     Input "pixels" (N, H, W, 3) uint8 RGB, to which the front brings a "frame" (rows, columns, 3) uint8 BGR;
-    outputs "anomaly_map" (N, H, W) and "peaks" (N, tiles), whose largest is the image score; fp32.
+    outputs "anomaly_map" (N, H, W), "peaks" (N, tiles), whose largest is the image score, and "embedding" (N, D),
+    the teacher's features averaged over positions; fp32.
     Raises ExportError for a network the kernels do not cover.
     """
     check(network)
     r = Recorder(network, batch, half)
     r.buffers["pixels"] = Buffer((batch, network.height, network.width, 3), "uint8", "input", 0)
     teacher = backbone(r, network)
+    embedding(r, teacher)
     student = decoder(r, network, neck(r, network, *teacher))
     anomaly_map(r, network, teacher, student)
     return r.plan(network.height, network.width, front(r, network.height, network.width))
@@ -321,7 +324,16 @@ def pointwise(r: Recorder, x: Map, weight: str, y: Map, *, groups: int = 1, **op
     )
 
 
-# ---- anomaly map
+# ---- what is made of the features
+
+
+def embedding(r: Recorder, teacher: list[Map]) -> None:
+    parts = [r.scratch(parts_of(t.positions), t.channels, dtype="float32") for t in teacher]
+    for t, part in zip(teacher, parts, strict=True):
+        r.call(sums_call(t.name, part, t.positions, t.channels, r.batch))
+    sizes = [(t.positions, t.channels) for t in teacher]
+    made = r.scratch(sum(t.channels for t in teacher), dtype="float32", kind="output", name="embedding")
+    r.call(means_call(parts, made, sizes, r.batch))
 
 
 def anomaly_map(r: Recorder, network: Network, teacher: list[Map], student: list[Map]) -> None:

@@ -33,7 +33,7 @@ class FusedEngine:
 
     backend = "fused"
     precision = "fp16"
-    embeds = False
+    embeds = True
 
     def __init__(self, bundle: Bundle, reason: str = "asked for") -> None:
         arch = device_architecture()
@@ -49,20 +49,19 @@ class FusedEngine:
         self_test.check(self)
 
     def run(self, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return self.run_all(pixels)[:2]
+
+    def run_all(self, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         outputs = [self.executor.run(images) for images in in_batches(pixels)]
         return tuple(map(np.concatenate, zip(*outputs, strict=True)))
-
-    def run_all(self, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray, None]:
-        return *self.run(pixels), None
 
     def frame_size(self, frame: FrameArray) -> tuple[int, int]:
         return self.executor.frame_size(frame)
 
-    def run_frames(self, frames: Sequence[FrameArray]) -> tuple[np.ndarray, np.ndarray, None, list[float]]:
+    def run_frames(self, frames: Sequence[FrameArray]) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[float]]:
         """Resized on the GPU. A frame may lie there: with DLPack or __cuda_array_interface__, C-contiguous."""
-        outputs = [self.executor.run_frames(some) for some in in_batches(frames)]
-        anomaly_map, pred_score, preprocess_ms = zip(*outputs, strict=True)
-        return np.concatenate(anomaly_map), np.concatenate(pred_score), None, list(chain(*preprocess_ms))
+        *outputs, preprocess_ms = zip(*map(self.executor.run_frames, in_batches(frames)), strict=True)
+        return *map(np.concatenate, outputs), list(chain(*preprocess_ms))
 
 
 class PythonExecutor:
@@ -84,15 +83,15 @@ class PythonExecutor:
         self.lock = threading.Lock()
         self.graphs: dict[int, CudaGraphPlan] = {}
 
-    def run(self, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        return map_and_score(self.graph(len(pixels)).run({"pixels": pixels}))
+    def run(self, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        return with_score(self.graph(len(pixels)).run({"pixels": pixels}))
 
     def frame_size(self, frame: FrameArray) -> tuple[int, int]:
         return self.graph(1).frame_size(frame)
 
-    def run_frames(self, frames: Sequence[FrameArray]) -> tuple[np.ndarray, np.ndarray, list[float]]:
+    def run_frames(self, frames: Sequence[FrameArray]) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[float]]:
         outputs, preprocess_ms = self.graph(len(frames)).run_frames(frames)
-        return *map_and_score(outputs), preprocess_ms
+        return *with_score(outputs), preprocess_ms
 
     def graph(self, batch: int) -> CudaGraphPlan:
         with self.lock:
@@ -117,8 +116,9 @@ def in_batches(images: Sequence) -> Iterator[Sequence]:
         start += batch
 
 
-def map_and_score(outputs: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    return outputs["anomaly_map"], outputs["peaks"].max(1)
+def with_score(outputs: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """A plan's outputs -> anomaly_map (N, H, W), pred_score (N,), embedding (N, D)."""
+    return outputs["anomaly_map"], outputs["peaks"].max(1), outputs["embedding"]
 
 
 def objection(bundle: Bundle, arch: int | None) -> str:

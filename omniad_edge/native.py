@@ -17,7 +17,7 @@ from .errors import BundleError, EngineError, EngineLostError, InputError
 from .image import FrameArray, readable_frame
 
 LIBRARY = Path(__file__).with_name("libomniad_runtime.so")
-ABI = 2  # of the omniad.h that this module follows
+ABI = 3  # of the omniad.h that this module follows
 CALLERS_DEVICE = -1
 HOST, GPU, GPU_AFTER_STREAM, GPU_AFTER_ALL = range(4)
 ERRORS = {1: InputError, 2: BundleError, 6: EngineLostError}  # of a status; any other is an EngineError
@@ -27,8 +27,8 @@ FUNCTIONS = {
     "omniad_open_parts": (POINTER, INT, INT, POINTER, INT, POINTER),
     "omniad_close": (POINTER,),
     "omniad_get_info": (POINTER, POINTER),
-    "omniad_run": (POINTER, INT, POINTER, POINTER, POINTER),
-    "omniad_run_frames": (POINTER, POINTER, INT, POINTER, POINTER, POINTER),
+    "omniad_run": (POINTER, INT, POINTER, POINTER, POINTER, POINTER),
+    "omniad_run_frames": (POINTER, POINTER, INT, POINTER, POINTER, POINTER, POINTER),
 }
 
 
@@ -38,7 +38,7 @@ class Part(ctypes.Structure):
 
 class Info(ctypes.Structure):
     _fields_ = (
-        *((name, ctypes.c_int32) for name in ("device", "height", "width", "peaks")),
+        *((name, ctypes.c_int32) for name in ("device", "height", "width", "peaks", "embedding")),
         *((name, ctypes.c_size_t) for name in ("pixels_bytes", "anomaly_map_bytes", "peaks_bytes")),
         ("stream", POINTER),
     )
@@ -77,9 +77,11 @@ class NativeExecutor:
         info = Info()
         check(self.library, self.library.omniad_get_info(self.handle, ctypes.byref(info)))
         self.device, self.height, self.width, self.stream = info.device, info.height, info.width, info.stream
+        self.channels = info.embedding
 
-    def run(self, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """pixels (N, H, W, 3) uint8 RGB, N a batch size -> anomaly_map (N, H, W) and pred_score (N,), float32."""
+    def run(self, pixels: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """pixels (N, H, W, 3) uint8 RGB, N a batch size -> anomaly_map (N, H, W), pred_score (N,) and embedding
+        (N, D), float32."""
         expected = len(pixels), self.height, self.width, 3
         if pixels.dtype != np.uint8 or pixels.shape != expected:
             raise InputError(f"pixels: expected uint8 {expected}; got {pixels.dtype} {pixels.shape}")
@@ -93,7 +95,7 @@ class NativeExecutor:
         """Rows and columns of what `run_frames` takes. Raises InputError for anything else."""
         return readable_frame(frame, self.device, NOT_WAITING).shape[:2]
 
-    def run_frames(self, frames: Sequence[FrameArray]) -> tuple[np.ndarray, np.ndarray, list[float]]:
+    def run_frames(self, frames: Sequence[FrameArray]) -> tuple[np.ndarray, np.ndarray, np.ndarray, list[float]]:
         """As many frames as a batch size -> what `run` gives of them, milliseconds until each was on its way.
 
         frames: uint8 BGR (rows, columns, 3) of any size: a NumPy array, or a contiguous array on this GPU, which
@@ -114,8 +116,9 @@ class NativeExecutor:
         del sources  # only now is everything read
         return *outputs, (native_ms + ours_ms).tolist()
 
-    def outputs(self, images: int) -> tuple[np.ndarray, np.ndarray]:
-        return np.empty((images, self.height, self.width), np.float32), np.empty(images, np.float32)
+    def outputs(self, images: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        shapes = (images, self.height, self.width), (images,), (images, self.channels)
+        return tuple(np.empty(shape, np.float32) for shape in shapes)
 
 
 @cache

@@ -12,35 +12,43 @@ SELF_TEST = "fused/self_test.onnx"  # tensors alone, as in weights.onnx, whose r
 # fp16 rounding of the whole network; further away something is wrong with this GPU, its driver or the kernels.
 MAX_MAP_ERROR = 3e-4
 MAX_SCORE_ERROR = 0.02  # in standard deviations of the scores that the parity gate saw
+MAX_EMBEDDING_ERROR = 0.01  # of the embedding's largest value
 
 
 @dataclass(frozen=True)
 class SelfTest:
-    """pixels: (n, H, W, 3) uint8 RGB; anomaly_maps: (n, H, W) float32, the trained network's.
+    """pixels: (n, H, W, 3) uint8 RGB; anomaly_maps, embeddings: (n, H, W), (n, D) float32, the trained network's.
 
     score_deviation: standard deviation of all scores that the parity gate saw; 0 where it saw too few to have one
-    max_map_error, max_score_error: how far an engine may be off; the score in standard deviations
+    max_map_error, max_score_error, max_embedding_error: how far an engine may be off; the score in standard
+        deviations, the embedding as a part of its largest value
     """
 
     pixels: np.ndarray
     anomaly_maps: np.ndarray
+    embeddings: np.ndarray
     score_deviation: float
     max_map_error: float = MAX_MAP_ERROR
     max_score_error: float = MAX_SCORE_ERROR
+    max_embedding_error: float = MAX_EMBEDDING_ERROR
 
     def check(self, engine) -> None:
-        """Raises EngineError if the engine's maps or scores of these images are not the trained network's."""
-        for image, truth in zip(self.pixels, self.anomaly_maps, strict=True):
-            maps, scores, *_ = engine.run_frames([image[..., ::-1]])  # resizing to the same size is a copy
+        """Raises EngineError if what the engine gives of these images is not the trained network's."""
+        for image, truth, embedding in zip(self.pixels, self.anomaly_maps, self.embeddings, strict=True):
+            maps, scores, embeddings, _ = engine.run_frames([image[..., ::-1]])  # the same size: a copy
             check_error(engine, "anomaly map", float(np.abs(maps[0] - truth).max()), self.max_map_error)
             if self.score_deviation:
                 error = abs(float(scores[0]) - float(truth.max())) / self.score_deviation
                 check_error(engine, "score in standard deviations", error, self.max_score_error)
+            if embeddings is not None:
+                error = float(np.abs(embeddings[0] - embedding).max() / np.abs(embedding).max())
+                check_error(engine, "embedding", error, self.max_embedding_error)
 
 
 def read_self_test(bundle: Bundle, graph: str = "fp16") -> SelfTest:
     """For an engine that computes this graph. A quantised one may be off twice as far as the gate found the graph
-    to be: another engine adds in another order, and a value between two steps may then fall to either.
+    to be: another engine adds in another order, and a value between two steps may then fall to either. For its
+    embedding there is no such measure.
 
     Raises BundleError where the bundle has none, or not as omniad-export writes it.
     """
@@ -49,12 +57,12 @@ def read_self_test(bundle: Bundle, graph: str = "fp16") -> SelfTest:
     try:
         test = read_weights(bundle.parts[SELF_TEST])
         pixels = test["pixels"].astype(np.uint8)
-        made = SelfTest(pixels, test["anomaly_map"], float(test["score_deviation"]))
+        made = SelfTest(pixels, test["anomaly_map"], test["embedding"], float(test["score_deviation"]))
         if graph == "fp16":
             return made
         measured = bundle.manifest["parity"]["engines"][f"onnxruntime {graph}"]["measured"]
         limits = 2 * float(measured["map_error"]), 2 * float(measured["score_error"] or 0)
-        return replace(made, max_map_error=limits[0], max_score_error=limits[1])
+        return replace(made, max_map_error=limits[0], max_score_error=limits[1], max_embedding_error=np.inf)
     except (BundleError, KeyError, TypeError, ValueError) as exc:
         raise BundleError(f"{SELF_TEST} is not as omniad-export writes it: {exc!r}; export again") from exc
 

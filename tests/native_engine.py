@@ -53,10 +53,12 @@ def engine(bundle: str, file: str) -> None:
     frames[2] = np.ascontiguousarray(frames[2][..., ::-1])[..., ::-1]
     frames[3].flags.writeable = pixels.flags.writeable = False
     assert [chosen.frame_size(frame) for frame in frames] == [frame.shape[:2] for frame in frames]
-    anomaly_map, pred_score = chosen.run(pixels)
-    frame_map, frame_score, _, preprocess_ms = chosen.run_frames(frames)
+    anomaly_map, pred_score, embedding = chosen.run_all(pixels)
+    frame_map, frame_score, frame_embedding, preprocess_ms = chosen.run_frames(frames)
     assert len(preprocess_ms) == len(frames) and min(preprocess_ms) > 0
-    np.savez(file, maps=anomaly_map, scores=pred_score, frame_maps=frame_map, frame_scores=frame_score)
+    outputs = {"maps": anomaly_map, "scores": pred_score, "embeddings": embedding}
+    of_frames = {"frame_maps": frame_map, "frame_scores": frame_score, "frame_embeddings": frame_embedding}
+    np.savez(file, **outputs, **of_frames)
 
 
 def detector(bundle: str) -> None:
@@ -144,7 +146,7 @@ def threads(bundle: str) -> None:
 
     def check(index: int) -> bool:
         pixels = np.full((1 + index % 2, both.height, both.width, 3), index, np.uint8)
-        anomaly_map, pred_score = both.run(pixels)
+        anomaly_map, pred_score, _ = both.run(pixels)
         return bool((anomaly_map == index).all() and (pred_score == index).all())
 
     with ThreadPoolExecutor(8) as pool:

@@ -25,6 +25,7 @@ from omniad_edge.onnx_weights import read_weights
 from omniad_edge.self_test import SELF_TEST
 
 ROOT = Path(__file__).resolve().parents[1]
+CHANNELS = 6  # of the embedding
 SIZE = 32  # of the tiny plan's images; the least that a bundle may have
 VALGRIND = ("valgrind", "-q", "--error-exitcode=99", "--leak-check=full", "--errors-for-leak-kinds=definite")
 FRONT_BUFFERS = ("frame", "geometry", "row_start", "row_weight", "column_start", "column_weight", "pixels")
@@ -141,6 +142,7 @@ def tiny_plan() -> Plan:
     for index, size in enumerate((1000, 5000, 300, 5000, 10)):
         buffers[f"t{index}"] = Buffer((1, size), "float16", "scratch", 0)
     buffers["pixels"] = Buffer((1, SIZE, SIZE, 3), "uint8", "input", 0)
+    buffers["embedding"] = Buffer((1, CHANNELS), "float32", "output", 0)
     buffers["anomaly_map"] = Buffer((1, SIZE, SIZE), "float32", "output", 0)
     buffers["peaks"] = Buffer((1, 4), "float32", "output", 0)
     buffers["frame"] = Buffer((0, 0, 3), "uint8", "frame", 0)
@@ -152,7 +154,7 @@ def tiny_plan() -> Plan:
         Launch((Call("a.take", ("pixels", "t0", None, *weights[:3]), (3, 1e-05, True), 16, 2),)),
         Launch((Call("a.b", ("t0", "t1"), (), 3), Call("a.c", (None, "t0", "t2", *weights[3:]), (-2.5,), 4, 8))),
         Launch((Call("a.b", ("t1", "t3"), (), 5), Call("a.b", ("t2", "t4"), (), 6))),
-        Launch((Call("a.give", ("t3", "t4", "anomaly_map", "peaks"), (), 2),)),
+        Launch((Call("a.give", ("t3", "t4", "embedding", "anomaly_map", "peaks"), (), 2),)),
     )
     front = Launch((Call("resize.resize", FRONT_BUFFERS, (SIZE, SIZE, MAX_TAPS, 16, 16, 64), 4),))
     return arrange(1, SIZE, SIZE, buffers, launches, front)
@@ -185,7 +187,7 @@ def work(plan: Plan, launch: Launch) -> Iterator[str]:
         yield from ("take:0:frame", f"give:6:{plan.height * plan.width * 3}")
         return
     for place, name in enumerate(names):
-        if name in ("pixels", "anomaly_map", "peaks"):
+        if name in ("pixels", "anomaly_map", "peaks", "embedding"):
             verb = "take" if name == "pixels" else "floats"
             yield f"{verb}:{place}:{np.prod(plan.buffers[name].shape)}/{launch.programs}"
 
@@ -216,14 +218,15 @@ def write_tiny(path: Path, plan: Plan | None = None, parts: dict[str, bytes] | N
 
 
 def self_test_part(pixels: np.ndarray | None = None, deviation: float = 0.0, **changes: np.ndarray) -> bytes:
-    """Images (N, SIZE, SIZE, 3) uint8 RGB, and the maps that the stand-in's kernels give for each alone.
+    """Images (N, SIZE, SIZE, 3) uint8 RGB, and what the stand-in's kernels give for each alone.
 
     Without pixels: three of one grey, which come out of a batch as they do alone. changes: arrays by name
     """
     if pixels is None:
         pixels = np.full((3, SIZE, SIZE, 3), 7, np.uint8)
-    maps = [np.resize(np.float32(image[..., ::-1].reshape(-1)), (SIZE, SIZE)) for image in pixels]
-    test = {"pixels": np.float16(pixels), "anomaly_map": np.float32(maps).reshape(-1, SIZE, SIZE)}
+    flat = np.float32(pixels[..., ::-1].reshape(len(pixels), 3 * SIZE * SIZE))
+    test = {"pixels": np.float16(pixels), "anomaly_map": flat[:, : SIZE * SIZE].reshape(-1, SIZE, SIZE)}
+    test["embedding"] = flat[:, :CHANNELS]
     return weights_file(test | {"score_deviation": np.array(deviation, np.float32)} | changes)
 
 

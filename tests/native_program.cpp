@@ -37,14 +37,16 @@ struct Outputs {
         omniad_get_info(runtime, &info);
         map.resize(images * info.anomaly_map_bytes / sizeof(float));
         score.resize(images);
+        embedding.resize(images * info.embedding);
     }
     void append(const char *path) const {
         std::ofstream file(path, std::ios::binary | std::ios::app);
         file.write(reinterpret_cast<const char *>(map.data()), map.size() * sizeof(float));
         file.write(reinterpret_cast<const char *>(score.data()), score.size() * sizeof(float));
+        file.write(reinterpret_cast<const char *>(embedding.data()), embedding.size() * sizeof(float));
     }
     omniad_info info;
-    std::vector<float> map, score;
+    std::vector<float> map, score, embedding;
 };
 
 // run BUNDLE BATCH PIXELS OUT
@@ -57,7 +59,7 @@ int run(char **words) {
     Outputs outputs(runtime, batch);
     Bytes pixels = read(words[2]);
     auto given = reinterpret_cast<const uint8_t *>(pixels.data());
-    say(omniad_run(runtime, batch, given, outputs.map.data(), outputs.score.data()));
+    say(omniad_run(runtime, batch, given, outputs.map.data(), outputs.score.data(), outputs.embedding.data()));
     outputs.append(words[3]);
     return say(omniad_close(runtime));
 }
@@ -93,8 +95,8 @@ int frames(int count, char **words) {
         given.push_back({next, rows, columns, row_bytes, OMNIAD_HOST, nullptr});
         next += rows * row_bytes;
         if (static_cast<int>(given.size()) == batch) {
-            float *map = outputs.map.data(), *score = outputs.score.data();
-            say(omniad_run_frames(runtime, given.data(), batch, map, score, nullptr));
+            float *map = outputs.map.data(), *score = outputs.score.data(), *embedding = outputs.embedding.data();
+            say(omniad_run_frames(runtime, given.data(), batch, map, score, embedding, nullptr));
             outputs.append(words[2]);
             given.clear();
         }
@@ -162,7 +164,7 @@ int enqueue(char **words) {
         standIn<int (*)(void *, void **)>("cuStreamEndCapture")(caller.streams[0], &graph);
         standIn<int (*)(void *)>("cuGraphDestroy")(graph);
         auto given = reinterpret_cast<const uint8_t *>(pixels.data());
-        say(omniad_run(runtime, batch, given, outputs.map.data(), outputs.score.data()));
+        say(omniad_run(runtime, batch, given, outputs.map.data(), outputs.score.data(), outputs.embedding.data()));
     }
     return say(omniad_close(runtime));
 }
@@ -183,14 +185,14 @@ omniad_status life(const char *bundle) {
     omniad_frame frames[2] = {{picture.data(), 40, 50, 150, OMNIAD_HOST, nullptr},
                               {picture.data(), 60, 50, 150, OMNIAD_HOST, nullptr}};
     double prepare_ms[2];
-    status = omniad_run(runtime, 2, pixels.data(), map, score);
+    status = omniad_run(runtime, 2, pixels.data(), map, score, nullptr);
     if (status == OMNIAD_OK) {
-        status = omniad_run_frames(runtime, frames, 2, map, score, prepare_ms);
+        status = omniad_run_frames(runtime, frames, 2, map, score, nullptr, prepare_ms);
     }
     for (omniad_place place : {OMNIAD_GPU_AFTER_STREAM, OMNIAD_GPU_AFTER_ALL}) {
         omniad_frame frame = {lent, 60, 50, 150, place, nullptr};
         if (status == OMNIAD_OK) {
-            status = omniad_run_frames(runtime, &frame, 1, map, score, nullptr);
+            status = omniad_run_frames(runtime, &frame, 1, map, score, nullptr, nullptr);
         }
     }
     auto device = reinterpret_cast<uint64_t>(lent);
@@ -253,14 +255,14 @@ int misuse(char **words) {
     Outputs outputs(runtime, 1);
     uint8_t pixel[3] = {};
     float *map = outputs.map.data(), *score = outputs.score.data();
-    say(omniad_run(runtime, 1, nullptr, map, score));
-    say(omniad_run(runtime, 1, pixel, map, nullptr));
-    say(omniad_run(runtime, 2, pixel, map, score));
+    say(omniad_run(runtime, 1, nullptr, map, score, nullptr));
+    say(omniad_run(runtime, 1, pixel, map, nullptr, nullptr));
+    say(omniad_run(runtime, 2, pixel, map, score, nullptr));
     say(omniad_enqueue(runtime, nullptr, 1, 0, 1, 1));
     say(omniad_enqueue(runtime, nullptr, -1, 1, 1, 1));
     auto run = [&](const uint8_t *bgr, int64_t rows, int64_t columns, int64_t row_bytes, int place) {
         omniad_frame frame = {bgr, rows, columns, row_bytes, static_cast<omniad_place>(place), nullptr};
-        say(omniad_run_frames(runtime, &frame, 1, map, score, nullptr));
+        say(omniad_run_frames(runtime, &frame, 1, map, score, nullptr, nullptr));
     };
     run(nullptr, 1, 1, 3, OMNIAD_HOST);
     run(pixel, 0, 1, 3, OMNIAD_HOST);
@@ -271,8 +273,8 @@ int misuse(char **words) {
     run(pixel, 1, 1, 4, OMNIAD_GPU);
     run(pixel, 1, 1, 3, 4);
     omniad_frame frame = {pixel, 1, 1, 3, OMNIAD_HOST, nullptr};
-    say(omniad_run_frames(runtime, &frame, 0, map, score, nullptr));
-    say(omniad_run_frames(runtime, &frame, 1, map, score, nullptr));
+    say(omniad_run_frames(runtime, &frame, 0, map, score, nullptr, nullptr));
+    say(omniad_run_frames(runtime, &frame, 1, map, score, nullptr, nullptr));
     return say(omniad_close(runtime));
 }
 

@@ -58,11 +58,13 @@ def with_self_test(bundle: Bundle, score_deviation: float | None) -> Bundle:
 
 
 class Graph:
-    """Stands for CudaGraphPlan: gives the self-test's maps, off by `error`."""
+    """Stands for CudaGraphPlan: gives the self-test's maps and embeddings, off by these errors."""
 
     made: ClassVar[list] = []
     error: ClassVar[float] = 0.0
+    embedding_error: ClassVar[float] = 0.0
     truth: ClassVar[dict] = {}
+    embeddings: ClassVar[dict] = {}
     frames: ClassVar[list] = []  # how many were given to each `run_frames`
 
     def __init__(self, plan, kernels, weights, pdl) -> None:
@@ -83,15 +85,19 @@ class Graph:
         assert pixels.shape == self.plan.buffers["pixels"].shape
         maps = np.stack([Graph.truth.get(image.tobytes(), np.zeros(image.shape[:2])) for image in pixels])
         maps = (maps + Graph.error).astype(np.float32)
-        return {"anomaly_map": maps, "peaks": maps.reshape(len(maps), -1)}
+        known = [Graph.embeddings.get(image.tobytes(), np.zeros(448)) for image in pixels]
+        embedding = (np.stack(known) + Graph.embedding_error).astype(np.float32)
+        return {"anomaly_map": maps, "peaks": maps.reshape(len(maps), -1), "embedding": embedding}
 
 
 @pytest.fixture
 def gpu(monkeypatch, bundle):
     """A GPU of sm_90, and no native runtime."""
     test = self_test_of(bundle)
-    Graph.truth = {p.tobytes(): m for p, m in zip(test["pixels"], test["anomaly_map"], strict=True)}
-    Graph.made, Graph.error, Graph.frames = [], 0.0, []
+    known = [image.tobytes() for image in test["pixels"]]
+    Graph.truth = dict(zip(known, test["anomaly_map"], strict=True))
+    Graph.embeddings = dict(zip(known, test["embedding"], strict=True))
+    Graph.made, Graph.error, Graph.embedding_error, Graph.frames = [], 0.0, 0.0, []
     monkeypatch.setattr(fused, "CudaGraphPlan", Graph)
     monkeypatch.setattr(fused, "device_architecture", lambda: 90)
     monkeypatch.setattr(native, "why_absent", lambda: "it was not built")
@@ -161,6 +167,21 @@ def test_a_gpu_that_computes_something_else_is_refused(bundle, gpu, error):
     Graph.error = error
     with pytest.raises(EngineError, match=r"anomaly map of a self-test image is .* off"):
         open_engine(bundle, "fused")
+
+
+def test_a_gpu_that_averages_something_else_is_refused(bundle, gpu):
+    Graph.embedding_error = 0.1
+    with pytest.raises(EngineError, match=r"embedding of a self-test image is .* off, 0\.01"):
+        open_engine(bundle, "fused")
+
+
+def test_products_are_recognised(bundle, gpu, tmp_path):
+    write_bundle(tmp_path / "again.omniad", bundle.manifest, bundle.parts)
+    detector = Detector(tmp_path / "again.omniad", "fused")
+    assert detector.not_recognised == ""
+    frame = self_test_of(bundle)["pixels"][0][..., ::-1]
+    on_cpu = Detector(tmp_path / "again.omniad", "onnxruntime")(frame)
+    assert detector(frame).product_distance == pytest.approx(on_cpu.product_distance, rel=1e-3)
 
 
 @pytest.mark.parametrize("error, refused", [(1.9e-4, False), (2.1e-4, True)])

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from native_parts import (
+    CHANNELS,
     FRONT_BUFFERS,
     ROOT,
     SIZE,
@@ -28,7 +29,7 @@ from native_parts import (
 from omniad_edge.cuda_driver import MEANING, STICKY
 from omniad_edge.kernels.resize_tables import TABLES, resample_tables
 from omniad_edge.onnx_weights import read_weights
-from omniad_edge.self_test import MAX_MAP_ERROR, MAX_SCORE_ERROR, SELF_TEST
+from omniad_edge.self_test import MAX_EMBEDDING_ERROR, MAX_MAP_ERROR, MAX_SCORE_ERROR, SELF_TEST
 
 OK, ENGINE, LOST = 0, 3, 6
 
@@ -82,17 +83,23 @@ def pixels_of(expected: Expected, native: Native) -> np.ndarray:
 
 
 def outputs_of(expected: Expected, native: Native) -> list[tuple[np.ndarray, np.ndarray]]:
-    """(anomaly_map, pred_score) of each run, from the program's file."""
+    """(anomaly_map, pred_score, embedding) of each run, from the program's file."""
     plan, made = expected.plan, np.fromfile(native.scratch / "out", np.float32)
-    for run in made.reshape(-1, plan.batch * (plan.height * plan.width + 1)):
-        yield run[: -plan.batch].reshape(plan.batch, plan.height, plan.width), run[-plan.batch :]
+    shapes = [plan.buffers[name].shape for name in ("anomaly_map", "embedding")]
+    shapes.insert(1, (plan.batch,))
+    ends = np.cumsum([np.prod(shape) for shape in shapes])
+    for run in made.reshape(-1, ends[-1]):
+        parts = np.split(run, ends[:-1])
+        yield tuple(part.reshape(shape) for part, shape in zip(parts, shapes, strict=True))
 
 
-def given_back(pixels: np.ndarray, expected: Expected) -> tuple[np.ndarray, np.ndarray]:
-    """What the stand-in's kernels make of pixels: the first of them, as maps and peaks."""
+def given_back(pixels: np.ndarray, expected: Expected) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """What the stand-in's kernels make of pixels: the first of them, as maps, peaks and embeddings."""
     flat, plan = np.float32(pixels.reshape(-1)), expected.plan
-    peaks = np.resize(flat, plan.buffers["peaks"].shape)
-    return np.resize(flat, plan.buffers["anomaly_map"].shape), peaks.max(1)
+    anomaly_map, peaks, embedding = (
+        np.resize(flat, plan.buffers[name].shape) for name in ("anomaly_map", "peaks", "embedding")
+    )
+    return anomaly_map, peaks.max(1), embedding
 
 
 # Beside the Python executor
@@ -114,9 +121,10 @@ def test_the_driver_is_called_as_by_the_python_executor(native, bundle, batch, a
     at = ours.index("cuModuleLoadData")
     assert ours[at : at + end - start] == python[start:]
     check_launches(calls, expected, arch)
-    (anomaly_map, pred_score), *none = outputs_of(expected, native)
-    wanted_map, wanted_score = given_back(pixels, expected)
-    assert (anomaly_map == wanted_map).all() and (pred_score == wanted_score).all() and not none
+    made, *none = outputs_of(expected, native)
+    assert not none
+    for given, wanted in zip(made, given_back(pixels, expected), strict=True):
+        assert (given == wanted).all()
 
 
 def check_launches(calls: list[dict], expected: Expected, arch: int) -> None:
@@ -182,7 +190,7 @@ def test_frames_of_any_size_go_through_the_front(native, bundle, padding):
     start, at = python.index("cuModuleLoadData"), ours.index("cuModuleLoadData")
     assert ours[at : at + len(python) - start] == python[start:]
     check_front(calls, expected)
-    for index, (anomaly_map, _) in enumerate(outputs_of(expected, native)):
+    for index, (anomaly_map, *_) in enumerate(outputs_of(expected, native)):
         image = expected.plan.height * expected.plan.width * 3
         resized = np.concatenate([np.resize(frame, image) for frame in frames[2 * index : 2 * index + 2]])
         assert (anomaly_map == given_back(resized, expected)[0]).all()
@@ -240,7 +248,7 @@ def test_enqueue_copies_and_launches_and_nothing_else(native, bundle):
     captured = ["cuCtxPushCurrent", "cuStreamIsCapturing", copies, *launches, copies, copies, "cuCtxPopCurrent"]
     assert runs[2][: len(captured)] == captured
     assert runs[3][:3] == ["cuCtxPushCurrent", "cuStreamWaitEvent", "cuMemcpyHtoDAsync"]
-    anomaly_map, _ = next(iter(outputs_of(expected, native)))
+    anomaly_map, *_ = next(iter(outputs_of(expected, native)))
     assert (anomaly_map == given_back(pixels, expected)[0]).all()
 
 
@@ -276,6 +284,9 @@ def test_the_self_test_passes_in_every_batch(native, tiny):
 GREY = np.full((3, SIZE, SIZE), 7, np.float32)
 LAST = np.zeros_like(GREY)
 LAST[-1, -1, -1] = 1
+EMBEDDING = np.full((3, CHANNELS), 7, np.float32)
+FIRST_CHANNEL, LAST_CHANNEL = np.zeros_like(EMBEDDING), np.zeros_like(EMBEDDING)
+FIRST_CHANNEL[0, 0] = LAST_CHANNEL[-1, -1] = 1
 
 
 @pytest.mark.parametrize(
@@ -289,6 +300,13 @@ LAST[-1, -1, -1] = 1
         ),
         ({"anomaly_map": GREY + np.float32(2e-4) * LAST, "deviation": 0.1}, "0 $"),
         ({"pixels": np.full((3, SIZE, SIZE, 3), 8, np.uint8), "anomaly_map": GREY}, "3 its anomaly map .* 1 off"),
+        (
+            {"embedding": EMBEDDING + np.float32(0.08) * LAST_CHANNEL},
+            "3 its embedding of .* is 0.011.* off, 0.01 is",
+        ),
+        ({"embedding": EMBEDDING + np.float32(0.06) * LAST_CHANNEL}, "0 $"),
+        ({"embedding": EMBEDDING + np.nan * FIRST_CHANNEL}, "3 its embedding of a self-test image is -?nan off"),
+        ({"embedding": EMBEDDING[:, :-1]}, "2 .*expected an array embedding of 2 axes"),
         ({"anomaly_map": GREY[:2]}, "2 .*expected an array anomaly_map of 3 axes"),
         ({"score_deviation": np.zeros(2, np.float32)}, "2 .*expected an array score_deviation of 0 axes"),
         (
@@ -322,8 +340,9 @@ def test_a_bundle_without_self_test(native):
 
 def test_limits_of_the_self_test_are_those_of_python():
     text = (ROOT / "kernels" / "native" / "self_test.cpp").read_text()
-    found = re.search(r"kMAX_MAP_ERROR = ([\d.e-]+), kMAX_SCORE_ERROR = ([\d.]+);", text)
-    assert tuple(map(float, found.groups())) == (MAX_MAP_ERROR, MAX_SCORE_ERROR)
+    found = re.findall(r"kMAX_(MAP|SCORE|EMBEDDING)_ERROR = ([\d.e-]+)[,;]", text)
+    limits = {"MAP": MAX_MAP_ERROR, "SCORE": MAX_SCORE_ERROR, "EMBEDDING": MAX_EMBEDDING_ERROR}
+    assert {name: float(value) for name, value in found} == limits
 
 
 # Failures of the driver

@@ -21,6 +21,7 @@ from omniad_edge.kernels.pack import pack
 from omniad_edge.kernels.schedule import for_batch
 from omniad_edge.model import ATTENTION_OUTPUTS, BRANCHES, ModelConfig, OmniAD
 from omniad_edge.onnx_weights import read_weights
+from omniad_edge.self_test import MAX_EMBEDDING_ERROR
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # of rows beyond the image
@@ -35,6 +36,13 @@ def random_pixels(model, batch: int) -> np.ndarray:
 @torch.inference_mode()
 def reference(network, pixels: np.ndarray, dtype=torch.float64) -> np.ndarray:
     return forward(TorchOps(dtype), network, torch.from_numpy(pixels))[0].double().numpy()
+
+
+@torch.inference_mode()
+def embedding_error(network, pixels: np.ndarray, embedding: np.ndarray) -> float:
+    """Of the largest value."""
+    truth = forward(TorchOps(), network, torch.from_numpy(pixels))[2].numpy()
+    return np.abs(embedding - truth).max() / np.abs(truth).max()
 
 
 def fp32_error(model, truth, maps: np.ndarray, pixels: np.ndarray) -> None:
@@ -59,9 +67,10 @@ def test_a_network_in_fp32(sizes):
     network, pixels = fold(model), random_pixels(model, 1)
     truth = reference(network, pixels)
     plan = build_plan(network, batch=1, half=False)
-    maps, scores = JitPlan(plan, pack(plan, named_arrays(network)), DEVICE).run(pixels)
+    maps, scores, embedding = JitPlan(plan, pack(plan, named_arrays(network)), DEVICE).run(pixels)
     fp32_error(model, truth, maps, pixels)
     assert (scores == maps.max((1, 2))).all()
+    assert embedding_error(network, pixels, embedding) <= 1e-5
 
 
 @pytest.mark.slow
@@ -71,8 +80,9 @@ def test_a_network_in_fp16_from_stored_weights():
     network, pixels = fold(model), random_pixels(model, 2)
     plan = for_batch(build_plan(network, batch=1), 2)
     _, stored = build_graph(network, half=True, half_weights=True)
-    maps, _ = JitPlan(plan, pack(plan, read_weights(weights_message(stored))), DEVICE).run(pixels)
+    maps, _, embedding = JitPlan(plan, pack(plan, read_weights(weights_message(stored))), DEVICE).run(pixels)
     assert np.abs(maps - reference(network, pixels)).max() <= 3e-4
+    assert embedding_error(network, pixels, embedding) <= MAX_EMBEDDING_ERROR
 
 
 @pytest.mark.slow
@@ -84,8 +94,8 @@ def test_fp16_has_room_for_an_input_four_times_as_large():
     network = replace(network, backbone=larger)
     pixels = np.random.default_rng(1).integers(0, 256, (1, 64, 64, 3), dtype=np.uint8)
     plan = build_plan(network, batch=1)
-    maps, scores = JitPlan(plan, pack(plan, named_arrays(network)), DEVICE).run(pixels)
-    assert np.isfinite(scores).all()
+    maps, scores, embedding = JitPlan(plan, pack(plan, named_arrays(network)), DEVICE).run(pixels)
+    assert np.isfinite(scores).all() and np.isfinite(embedding).all()
     assert np.abs(maps - reference(network, pixels)).max() <= 3e-4
 
 
@@ -113,7 +123,7 @@ def test_a_block_of_each_stage(stage, sizes, rng):
 
 
 def test_the_default_network_takes_few_launches():
-    """Of 273 calls, an eager network has some 1,900."""
+    """Of 277 calls, an eager network has some 1,900."""
     plan = build_plan(fold(OmniAD(ModelConfig())), batch=1)
     assert len(plan.launches) <= 190
     weights = sum(b.size_bytes for b in plan.buffers.values() if b.kind == "weight")

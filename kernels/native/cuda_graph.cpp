@@ -15,7 +15,8 @@ GraphPlan::GraphPlan(const Context &context, Content content)
       mContent(std::move(content)),
       mPixels(plan().find("pixels")),
       mAnomalyMap(plan().find("anomaly_map")),
-      mPeaks(plan().find("peaks")) {
+      mPeaks(plan().find("peaks")),
+      mEmbedding(plan().find("embedding")) {
     Entered entered(mContext);
     try {
         prepare();
@@ -163,7 +164,7 @@ void GraphPlan::capture(Graph &graph) {
     mDriver.call(api.cuGraphInstantiateWithFlags, &graph.executable, captured, 0ull);
 }
 
-void GraphPlan::run(int images, const uint8_t *pixels, float *anomalyMap, float *predScore) {
+void GraphPlan::run(int images, const uint8_t *pixels, const Results &results) {
     const Graph &graph = graphOf("images", images);
     Entered entered(mContext);
     waitForQueued(mStream);
@@ -172,15 +173,14 @@ void GraphPlan::run(int images, const uint8_t *pixels, float *anomalyMap, float 
     try {
         mDriver.call(mDriver.api.cuMemcpyHtoDAsync_v2, mAddresses[mPixels],
                      static_cast<const void *>(mPinned[mPixels]), size, mStream);
-        replay(graph, anomalyMap, predScore);
+        replay(graph, results);
     } catch (...) {
         mDriver.free(mDriver.api.cuStreamSynchronize, mStream);  // pinned memory is being read
         throw;
     }
 }
 
-void GraphPlan::runFrames(const std::vector<Frame> &frames, float *anomalyMap, float *predScore,
-                          double *prepareMs) {
+void GraphPlan::runFrames(const std::vector<Frame> &frames, const Results &results, double *prepareMs) {
     using Clock = std::chrono::steady_clock;
     if (!mResize) {
         throw inputError("frames: expected none, the plan has no front; got ", frames.size());
@@ -196,7 +196,7 @@ void GraphPlan::runFrames(const std::vector<Frame> &frames, float *anomalyMap, f
                 prepareMs[i] = std::chrono::duration<double, std::milli>(Clock::now() - start).count();
             }
         }
-        replay(graph, anomalyMap, predScore);
+        replay(graph, results);
     } catch (...) {
         mDriver.free(mDriver.api.cuStreamSynchronize, mStream);
         throw;
@@ -204,16 +204,19 @@ void GraphPlan::runFrames(const std::vector<Frame> &frames, float *anomalyMap, f
 }
 
 // The graph on the input that is on the GPU or on its way.
-void GraphPlan::replay(const Graph &graph, float *anomalyMap, float *predScore) {
+void GraphPlan::replay(const Graph &graph, const Results &results) {
     mDriver.call(mDriver.api.cuGraphLaunch, graph.executable, mStream);
-    for (int index : {mAnomalyMap, mPeaks}) {
+    for (int index : {mEmbedding, mAnomalyMap, mPeaks}) {
         mDriver.call(mDriver.api.cuMemcpyDtoHAsync_v2, static_cast<void *>(mPinned[index]), mAddresses[index],
                      bytes(index, graph.images), mStream);
     }
     mDriver.call(mDriver.api.cuStreamSynchronize, mStream);
     mHasQueued = false;  // and waited for
-    std::memcpy(anomalyMap, mPinned[mAnomalyMap], bytes(mAnomalyMap, graph.images));
-    copyScores(graph.images, predScore);
+    std::memcpy(results.anomalyMap, mPinned[mAnomalyMap], bytes(mAnomalyMap, graph.images));
+    copyScores(graph.images, results.predScore);
+    if (results.embedding != nullptr) {
+        std::memcpy(results.embedding, mPinned[mEmbedding], bytes(mEmbedding, graph.images));
+    }
 }
 
 // The largest of each image's peaks; of those with a NaN it is NaN.

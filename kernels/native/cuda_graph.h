@@ -16,6 +16,14 @@ struct Content {
     bool pdl = false;                  // programmatic dependent launch
 };
 
+// Where a run's results go, on the host: (images, height, width), (images) and (images, channels); embedding may be
+// nullptr.
+struct Results {
+    float *anomalyMap;
+    float *predScore;
+    float *embedding;
+};
+
 // The owner takes turns. Every function enters the context itself, and leaves it.
 //
 // All batch sizes share one arena, laid out for the largest: only the number of programs of a launch differs. A
@@ -30,10 +38,10 @@ public:
     const Plan &plan() const { return mContent.plan; }
     const std::vector<int> &batches() const { return mContent.batches; }
     CudaStream stream() const { return mStream; }
-    // All on the host: pixels (images, height, width, 3) RGB -> (images, height, width) and (images).
-    void run(int images, const uint8_t *pixels, float *anomalyMap, float *predScore);
+    // pixels: (images, height, width, 3) RGB on the host
+    void run(int images, const uint8_t *pixels, const Results &results);
     // prepareMs: (frames), until each was on its way; or nullptr
-    void runFrames(const std::vector<Frame> &frames, float *anomalyMap, float *predScore, double *prepareMs);
+    void runFrames(const std::vector<Frame> &frames, const Results &results, double *prepareMs);
     // All on the GPU, and only queued; peaks: (images, tiles), whose largest are the scores.
     void enqueue(CudaStream stream, int images, CudaAddress pixels, CudaAddress anomalyMap, CudaAddress peaks);
 
@@ -56,13 +64,13 @@ private:
     void waitForQueued(CudaStream stream);
     void queue(Graph &graph, CudaStream stream, bool capturing, CudaAddress pixels, CudaAddress anomalyMap,
                CudaAddress peaks);
-    void replay(const Graph &graph, float *anomalyMap, float *predScore);
+    void replay(const Graph &graph, const Results &results);
     void copyScores(int images, float *predScore) const;
 
     const Context &mContext;
     Driver &mDriver;
     Content mContent;
-    int mPixels, mAnomalyMap, mPeaks;  // indices of the plan's buffers
+    int mPixels, mAnomalyMap, mPeaks, mEmbedding;  // indices of the plan's buffers
     CudaStream mStream = nullptr;
     CudaEvent mQueued = nullptr;  // the end of the last run on somebody else's stream
     bool mHasQueued = false;

@@ -62,7 +62,7 @@ int main(int count, char **arguments) {
     while ((read = std::fread(frame.data(), 1, frame.size(), file.get())) == frame.size()) {
         omniad_frame given = {frame.data(), rows, columns, 3 * columns, OMNIAD_HOST, nullptr};
         float score = 0;
-        if (!succeeded(omniad_run_frames(opened, &given, 1, anomaly_map.data(), &score, nullptr))) {
+        if (!succeeded(omniad_run_frames(opened, &given, 1, anomaly_map.data(), &score, nullptr, nullptr))) {
             return 1;
         }
         std::printf("%.9g\n", score);

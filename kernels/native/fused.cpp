@@ -93,15 +93,14 @@ FusedRuntime::FusedRuntime(const Bundle &bundle, int device, const std::vector<i
     mGraph = std::make_unique<GraphPlan>(mContext, readContent(bundle, architecture, batches));
 }
 
-void FusedRuntime::run(int images, const uint8_t *pixels, float *anomalyMap, float *predScore) {
+void FusedRuntime::run(int images, const uint8_t *pixels, const Results &results) {
     std::lock_guard turn(mTurn);
-    mGraph->run(images, pixels, anomalyMap, predScore);
+    mGraph->run(images, pixels, results);
 }
 
-void FusedRuntime::runFrames(const std::vector<Frame> &frames, float *anomalyMap, float *predScore,
-                             double *prepareMs) {
+void FusedRuntime::runFrames(const std::vector<Frame> &frames, const Results &results, double *prepareMs) {
     std::lock_guard turn(mTurn);
-    mGraph->runFrames(frames, anomalyMap, predScore, prepareMs);
+    mGraph->runFrames(frames, results, prepareMs);
 }
 
 void FusedRuntime::enqueue(CudaStream stream, int images, CudaAddress pixels, CudaAddress anomalyMap,

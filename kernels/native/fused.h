@@ -24,8 +24,8 @@ public:
     const std::vector<int> &batches() const { return mGraph->batches(); }
     CudaDevice device() const { return mContext.device(); }
     CudaStream stream() const { return mGraph->stream(); }
-    void run(int images, const uint8_t *pixels, float *anomalyMap, float *predScore);
-    void runFrames(const std::vector<Frame> &frames, float *anomalyMap, float *predScore, double *prepareMs);
+    void run(int images, const uint8_t *pixels, const Results &results);
+    void runFrames(const std::vector<Frame> &frames, const Results &results, double *prepareMs);
     void enqueue(CudaStream stream, int images, CudaAddress pixels, CudaAddress anomalyMap, CudaAddress peaks);
 
 private:

@@ -129,6 +129,7 @@ omniad_status omniad_get_info(const omniad_runtime *runtime, omniad_info *info) 
                  plan.height,
                  plan.width,
                  static_cast<int32_t>(plan.buffer("peaks").shape[1]),
+                 static_cast<int32_t>(plan.buffer("embedding").shape[1]),
                  imageBytes("pixels"),
                  imageBytes("anomaly_map"),
                  imageBytes("peaks"),
@@ -137,18 +138,18 @@ omniad_status omniad_get_info(const omniad_runtime *runtime, omniad_info *info) 
 }
 
 omniad_status omniad_run(omniad_runtime *runtime, int images, const uint8_t *pixels, float *anomaly_map,
-                         float *pred_score) {
+                         float *pred_score, float *embedding) {
     return guarded([&] {
         expectGiven("runtime", runtime);
         expectGiven("pixels", pixels);
         expectGiven("anomaly_map", anomaly_map);
         expectGiven("pred_score", pred_score);
-        runtime->fused.run(images, pixels, anomaly_map, pred_score);
+        runtime->fused.run(images, pixels, {anomaly_map, pred_score, embedding});
     });
 }
 
 omniad_status omniad_run_frames(omniad_runtime *runtime, const omniad_frame *frames, int count, float *anomaly_map,
-                                float *pred_score, double *prepare_ms) {
+                                float *pred_score, float *embedding, double *prepare_ms) {
     return guarded([&] {
         expectGiven("runtime", runtime);
         expectGiven("anomaly_map", anomaly_map);
@@ -161,7 +162,7 @@ omniad_status omniad_run_frames(omniad_runtime *runtime, const omniad_frame *fra
             given.push_back({frame.bgr, frame.rows, frame.columns, frame.row_bytes,
                              static_cast<omniad::Place>(frame.place), static_cast<CUstream_st *>(frame.stream)});
         }
-        runtime->fused.runFrames(given, anomaly_map, pred_score, prepare_ms);
+        runtime->fused.runFrames(given, {anomaly_map, pred_score, embedding}, prepare_ms);
     });
 }
 

@@ -14,7 +14,7 @@
 extern "C" {
 #endif
 
-#define OMNIAD_ABI 2 /* of this header; counts up with every change that a caller would have to follow */
+#define OMNIAD_ABI 3 /* of this header; counts up with every change that a caller would have to follow */
 
 #if defined(__GNUC__)
 #define OMNIAD_API __attribute__((visibility("default")))
@@ -45,10 +45,10 @@ typedef struct omniad_part {
     size_t bytes;
 } omniad_part;
 
-/* Sizes of one image. peaks: values whose largest is its score. device: its ordinal; stream: that of the runs
- * (a CUstream), for who lets it wait until a frame on the GPU is written. */
+/* Sizes of one image. peaks: values whose largest is its score; embedding: channels, see omniad_run. device: its
+ * ordinal; stream: that of the runs (a CUstream), for who lets it wait until a frame on the GPU is written. */
 typedef struct omniad_info {
-    int32_t device, height, width, peaks;
+    int32_t device, height, width, peaks, embedding;
     size_t pixels_bytes, anomaly_map_bytes, peaks_bytes;
     void *stream;
 } omniad_info;
@@ -107,14 +107,16 @@ OMNIAD_API omniad_status omniad_self_test(omniad_runtime *runtime);
 OMNIAD_API omniad_status omniad_get_info(const omniad_runtime *runtime, omniad_info *info);
 
 /* All on the host, done when it returns. images: one of the batch sizes
- * pixels: (images, height, width, 3) uint8 RGB; anomaly_map: (images, height, width); pred_score: (images) */
+ * pixels: (images, height, width, 3) uint8 RGB; anomaly_map: (images, height, width); pred_score: (images)
+ * embedding: (images, info.embedding), from which the Python package recognises the product; or NULL */
 OMNIAD_API omniad_status omniad_run(omniad_runtime *runtime, int images, const uint8_t *pixels, float *anomaly_map,
-                                    float *pred_score);
+                                    float *pred_score, float *embedding);
 
 /* The same of frames of any sizes, which are resized on the GPU. count: one of the batch sizes
  * prepare_ms: (count), what the host took until each was on its way to that; or NULL */
 OMNIAD_API omniad_status omniad_run_frames(omniad_runtime *runtime, const omniad_frame *frames, int count,
-                                           float *anomaly_map, float *pred_score, double *prepare_ms);
+                                           float *anomaly_map, float *pred_score, float *embedding,
+                                           double *prepare_ms);
 
 /* Queues a run on a stream of the runtime's context (a CUstream, or a cudaStream_t) and returns: it waits for
  * nothing, allocates nothing, loads nothing. images: one of the batch sizes

@@ -128,24 +128,27 @@ void expectArray(const Plan &plan, std::string_view name, std::string_view dtype
 void checkPlan(const Plan &plan) {
     expectArray(plan, "pixels", "uint8", {plan.batch, plan.height, plan.width, 3});
     expectArray(plan, "anomaly_map", "float32", {plan.batch, plan.height, plan.width});
-    const Buffer &peaks = plan.buffer("peaks");
-    if (peaks.dtype != "float32" || peaks.shape.size() != 2 || peaks.shape[0] != plan.batch) {
-        throw bundleError("buffer peaks: expected float32 (batch, tiles), got ", peaks.dtype, " ",
-                          sides(peaks.shape));
+    for (const char *name : {"peaks", "embedding"}) {
+        const Buffer &buffer = plan.buffer(name);
+        if (buffer.dtype != "float32" || buffer.shape.size() != 2 || buffer.shape[0] != plan.batch) {
+            throw bundleError("buffer ", name, ": expected float32 (batch, values), got ", buffer.dtype, " ",
+                              sides(buffer.shape));
+        }
     }
     for (auto [name, kind] :
          {std::pair("pixels", BufferKind::kINPUT), std::pair("anomaly_map", BufferKind::kOUTPUT),
-          std::pair("peaks", BufferKind::kOUTPUT)}) {
+          std::pair("peaks", BufferKind::kOUTPUT), std::pair("embedding", BufferKind::kOUTPUT)}) {
         if (plan.buffer(name).kind != kind) {
             throw bundleError("buffer ", name, ": expected ",
                               kind == BufferKind::kINPUT ? "an input" : "an output", ", got one of another kind");
         }
     }
     for (const Buffer &buffer : plan.buffers) {
-        bool known = buffer.name == "pixels" || buffer.name == "anomaly_map" || buffer.name == "peaks";
+        bool known = buffer.name == "pixels" || buffer.name == "anomaly_map" || buffer.name == "peaks" ||
+                     buffer.name == "embedding";
         if ((buffer.kind == BufferKind::kINPUT || buffer.kind == BufferKind::kOUTPUT) && !known) {
             throw bundleError("buffer ", shown(buffer.name),
-                              ": expected pixels, anomaly_map and peaks as the only input and outputs");
+                              ": expected pixels, anomaly_map, peaks and embedding as the only input and outputs");
         }
     }
     for (const Launch &launch : plan.launches) {

@@ -9,7 +9,8 @@
 namespace omniad {
 namespace {
 
-constexpr double kMAX_MAP_ERROR = 3e-4, kMAX_SCORE_ERROR = 0.02;  // of omniad_edge/self_test.py, which says why
+// Of omniad_edge/self_test.py, which says why.
+constexpr double kMAX_MAP_ERROR = 3e-4, kMAX_SCORE_ERROR = 0.02, kMAX_EMBEDDING_ERROR = 0.01;
 
 const Tensor &arrayOf(const Tensors &tensors, const char *name, const std::vector<int64_t> &shape) {
     auto found = tensors.find(name);
@@ -52,6 +53,16 @@ void compare(const Tensor &maps, int64_t image, const float *map, int64_t size, 
     }
 }
 
+void compareEmbedding(const Tensor &embeddings, int64_t image, const float *embedding, int64_t channels) {
+    double largest = 0, error = 0;
+    for (int64_t i = 0; i < channels; ++i) {
+        double truth = embeddings[image * channels + i], off = std::abs(embedding[i] - truth);
+        largest = std::max(largest, std::abs(truth));
+        error = std::isnan(error) || off <= error ? error : off;  // what is no number stays
+    }
+    expectNear("embedding", error / largest, kMAX_EMBEDDING_ERROR);
+}
+
 }  // namespace
 
 void checkSelfTest(FusedRuntime &fused, std::string_view part) {
@@ -61,19 +72,23 @@ void checkSelfTest(FusedRuntime &fused, std::string_view part) {
     int64_t images = given == tensors.end() || given->second.shape.empty() ? 0 : given->second.shape[0];
     const Tensor &pixels = arrayOf(tensors, "pixels", {std::max<int64_t>(images, 1), height, width, 3});
     const Tensor &maps = arrayOf(tensors, "anomaly_map", {images, height, width});
+    const int64_t channels = fused.plan().buffer("embedding").shape[1];
+    const Tensor &embeddings = arrayOf(tensors, "embedding", {images, channels});
     double deviation = arrayOf(tensors, "score_deviation", {})[0];
     std::vector<uint8_t> bgr = framesOf(pixels);
     for (int batch : fused.batches()) {
-        std::vector<float> map(batch * size), score(batch);
+        std::vector<float> map(batch * size), score(batch), embedding(batch * channels);
         for (int64_t first = 0; first < images; first += batch) {
             std::vector<Frame> frames;
             for (int i = 0; i < batch; ++i) {
                 const uint8_t *frame = &bgr[(first + i) % images * size * 3];
                 frames.push_back({frame, height, width, 3 * width, Place::kHOST, nullptr});
             }
-            fused.runFrames(frames, map.data(), score.data(), nullptr);
+            fused.runFrames(frames, {map.data(), score.data(), embedding.data()}, nullptr);
             for (int i = 0; i < batch; ++i) {
-                compare(maps, (first + i) % images, &map[i * size], size, score[i], deviation);
+                int64_t image = (first + i) % images;
+                compare(maps, image, &map[i * size], size, score[i], deviation);
+                compareEmbedding(embeddings, image, &embedding[i * channels], channels);
             }
         }
     }
