@@ -272,6 +272,18 @@ def case_of(predictions: Predictions, index: int, calibration: Calibration) -> C
     return Case(frame, overlay, sample.product, sample.kind, result.pred_score, result.threshold, str(sample.path))
 
 
+def refuse_strays(predictions: Predictions, recogniser: Recogniser) -> None:
+    """One image of another product would move the limit so far that all of that product are taken for this one."""
+    rows = zip(predictions.images.samples, recogniser.ratios(predictions.embeddings), strict=True)
+    shown = [(sample, shown_product(ratios, sample.product)) for sample, ratios in rows]
+    strays = [f"{sample.path} shows {name}" for sample, name in shown if name not in ("", sample.product)]
+    if strays:
+        raise CalibrationError(
+            f"expected good images of the product that their folder names; {len(strays)} show another: "
+            f"{'; '.join(strays[:3])}. Move them away, or if they belong there, train and export with them"
+        )
+
+
 def calibrate_bundle(
     bundle: Path,
     good: Path,
@@ -285,7 +297,7 @@ def calibrate_bundle(
     good: data set of good images (PRODUCT/good/*); images the model was trained on score too low and are left
     out. backend, precision: of the engine that scores them, as for `open_engine`; the thresholds are for it.
     Returns the new calibrations and the number left out. Raises InputError for a product the bundle does not have,
-    CalibrationError if the images cannot support the wish.
+    CalibrationError if the images cannot support the wish, or some show another product than their folder says.
     """
     contents = read_bundle(bundle)
     trained_on = set(contents.manifest["trained_on"])
@@ -307,9 +319,11 @@ def calibrate_bundle(
     with counting("inspecting", len(unseen)) as progress:
         images = load_images(unseen, *contents.tiling.size)
         predictions = predict_images(engine.run_all, images, progress=progress)
+    recogniser = read_recogniser(contents)
+    if recogniser is not None and predictions.embeddings is not None:
+        refuse_strays(predictions, recogniser)
     calibrations = calibrate_products(predictions, max_false_reject, confidence)
     graph, limits = quantised_graph(engine.backend, engine.precision), {}
-    recogniser = read_recogniser(contents)
     # The limits are for all engines: where 8 bits are calibrated, they stay.
     if recogniser is not None and predictions.embeddings is not None and engine.precision not in ("int8", "fp8"):
         limits = product_limits(predictions, recogniser.space)

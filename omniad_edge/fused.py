@@ -34,6 +34,7 @@ class FusedEngine:
     backend = "fused"
     precision = "fp16"
     embeds = True
+    batches = BATCHES
 
     def __init__(self, bundle: Bundle, reason: str = "asked for") -> None:
         arch = device_architecture()

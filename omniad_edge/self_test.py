@@ -33,16 +33,30 @@ class SelfTest:
     max_embedding_error: float = MAX_EMBEDDING_ERROR
 
     def check(self, engine) -> None:
-        """Raises EngineError if what the engine gives of these images is not the trained network's."""
-        for image, truth, embedding in zip(self.pixels, self.anomaly_maps, self.embeddings, strict=True):
-            maps, scores, embeddings, _ = engine.run_frames([image[..., ::-1]])  # the same size: a copy
-            check_error(engine, "anomaly map", float(np.abs(maps[0] - truth).max()), self.max_map_error)
-            if self.score_deviation:
-                error = abs(float(scores[0]) - float(truth.max())) / self.score_deviation
-                check_error(engine, "score in standard deviations", error, self.max_score_error)
-            if embeddings is not None:
-                error = float(np.abs(embeddings[0] - embedding).max() / np.abs(embedding).max())
-                check_error(engine, "embedding", error, self.max_embedding_error)
+        """In each of the engine's batch sizes, each of which has kernels or tactics of its own.
+
+        Raises EngineError if what it gives of these images is not the trained network's.
+        """
+        count = len(self.pixels)
+        for batch in engine.batches:
+            for first in range(0, count, batch):
+                rows = np.arange(first, first + batch) % count
+                outputs = engine.run_frames(list(self.pixels[rows][..., ::-1]))[:3]  # the same size: a copy
+                for index, row in enumerate(rows):
+                    self.compare(engine, row, *(None if made is None else made[index] for made in outputs))
+
+    def compare(
+        self, engine, row: int, anomaly_map: np.ndarray, pred_score: np.ndarray, embedding: np.ndarray | None
+    ) -> None:
+        truth = self.anomaly_maps[row]
+        check_error(engine, "anomaly map", float(np.abs(anomaly_map - truth).max()), self.max_map_error)
+        if self.score_deviation:
+            error = abs(float(pred_score) - float(truth.max())) / self.score_deviation
+            check_error(engine, "score in standard deviations", error, self.max_score_error)
+        if embedding is not None:
+            truth = self.embeddings[row]
+            error = float(np.abs(embedding - truth).max() / np.abs(truth).max())
+            check_error(engine, "embedding", error, self.max_embedding_error)
 
 
 def read_self_test(bundle: Bundle, graph: str = "fp16") -> SelfTest:

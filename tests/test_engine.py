@@ -208,6 +208,15 @@ def test_an_earlier_result_is_not_overwritten_by_the_next(bundle, pixels, backen
     assert (first == kept[0]).all() and (score == kept[1]).all()
 
 
+def test_a_map_does_not_depend_on_the_images_beside_it(bundle, pixels, backend):
+    """A threshold is a good image's score of a batch; alone on the line it must not be above it."""
+    opened = open_engine(bundle, backend, "fp32", threads=2)
+    together = opened.run_all(np.concatenate([pixels] * 3))
+    for index, image in enumerate(pixels):
+        for whole, alone in zip(together, opened.run_all(image[None]), strict=True):
+            assert (whole[index] == alone[0]).all()
+
+
 @pytest.mark.parametrize("model", [b"", b"garbage", b"\x08\x08" * 400], ids=["empty", "text", "protobuf"])
 def test_a_broken_model_is_an_engine_error(backend, model):
     make = OnnxRuntimeEngine if backend == "onnxruntime" else OpenVinoEngine

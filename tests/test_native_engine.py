@@ -63,10 +63,7 @@ def native(native_build, tmp_path) -> PythonNative:
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory) -> Path:
-    """With a self-test that the stand-in's kernels pass: the first bytes of the frame go out as map."""
-    pixels = np.random.default_rng(6).integers(0, 256, (2, SIZE, SIZE, 3), np.uint8)
-    parts = fused_parts(tiny_plan(), weights_file(arrays())) | {SELF_TEST: self_test_part(pixels)}
-    return write_tiny(tmp_path_factory.mktemp("tiny_engine") / "tiny.omniad", parts=parts)
+    return write_tiny(tmp_path_factory.mktemp("tiny_engine") / "tiny.omniad")
 
 
 # What it computes

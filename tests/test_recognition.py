@@ -1,5 +1,6 @@
 """Recognising products, on made-up embeddings and with a real export."""
 
+import shutil
 from dataclasses import asdict, replace
 
 import cv2
@@ -259,3 +260,16 @@ def test_calibration_sets_limits_too(small_bundle, small_run, tmp_path, capsys):
     assert main(["calibrate", str(path), "--good", str(small_run.data.parent / "calibration")]) == 0
     assert "recognised  gear: at most 53 % false unknowns at 95 %" in capsys.readouterr().out
     assert {limit.n_good for limit in read_bundle(path).recognition.values()} == {4}
+
+
+def test_an_image_of_another_product_cannot_move_the_limit(small_bundle, small_run, tmp_path, capsys):
+    path, good = tmp_path / "line.omniad", tmp_path / "calibration"
+    path.write_bytes(small_bundle.read_bytes())
+    shutil.copytree(small_run.data.parent / "calibration", good)
+    (cap, *_) = (good / "cap" / "good").iterdir()
+    shutil.copy(cap, good / "gear" / "good" / "stray.png")
+    before = path.read_bytes()
+    assert main(["calibrate", str(path), "--good", str(good)]) == 1
+    said = " ".join(capsys.readouterr().err.split())
+    assert "1 show another: " in said and "gear/good/stray.png shows cap" in said
+    assert path.read_bytes() == before
