@@ -13,6 +13,7 @@ import json
 import os
 import sys
 from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 from time import perf_counter
 
@@ -105,8 +106,11 @@ def frame_ms(engines: list[Engine], frame: np.ndarray) -> list[list[float]]:
 
 def measure(data: Path, steps: int, batch: int) -> list[dict]:
     training, test = find_samples(data, "train"), find_samples(data, "test")
-    if not any(sample.is_good for sample in test) or all(sample.is_good for sample in test):
-        raise DataError(f"{data}: expected good and defective test images of each product")
+    for product, of in groupby(test, key=lambda sample: sample.product):
+        if len({sample.is_good for sample in of}) < 2:
+            raise DataError(f"{data}: expected good and defective test images of {product}")
+    if not test:
+        raise DataError(f"{data}: expected good and defective test images; there are none")
     masks = load_masks(test, JUDGED_PX, JUDGED_PX)
     rows, engines = [], []
     for config in configs():

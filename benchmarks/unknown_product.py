@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from omniad_edge.data import Sample, find_samples, load_images
+from omniad_edge.errors import DataError
 from omniad_edge.model import ModelConfig, OmniAD
 from omniad_edge.progress import say
 from omniad_edge.recognition import LIGHT_COPIES, Recogniser, fit, limit_of, other_light, shown_product
@@ -46,9 +47,19 @@ def measure(options: argparse.Namespace) -> None:
     for data in options.data:
         train, test = find_samples(data, "train"), find_samples(data, "test")
         for product in sorted({sample.product for sample in train}):
+            if product in embedded:
+                raise DataError(f"{data}: {product} is in two data sets; give each product once")
             of = [[sample for sample in samples if sample.product == product] for samples in (train, test)]
+            if len(of[0]) < 2 or len({sample.is_good for sample in of[1]}) < 2:
+                raise DataError(
+                    f"{data}: {product}: expected two training images or more, and good and defective test images"
+                )
             embedded[product] = embed(model, *of, options.images)
             say(f"{product}: " + ", ".join(f"{name} {len(of)}" for name, of in embedded[product].items()))
+    if len(embedded) < 2:
+        raise DataError(
+            f"--data: expected two products or more, of which each is left out; got {', '.join(embedded)}"
+        )
     rows = [leave_out(product, embedded) for product in embedded]
     show(rows)
     images = {product: {name: len(of[name]) for name in SETS} for product, of in embedded.items()}

@@ -11,9 +11,10 @@ from dataclasses import replace
 import numpy as np
 
 from ..evaluate import Predictions
-from ..fused import PLAN
+from ..fused import BATCHES, PLAN
 from ..kernels.fold import Network
 from ..kernels.plan import Kernel, Plan
+from ..kernels.schedule import for_batch
 from ..model import OmniAD
 from ..versions import versions
 from .cubins import check_targets, compile_plan
@@ -30,13 +31,15 @@ def fused_parts(
 ) -> dict[str, bytes]:
     """name -> content. targets: like "sm_87".
 
-    report is called with a line per architecture. Raises ExportError as `cubins` does.
+    report is called with a line per architecture. Raises ExportError as `cubins` does, InputError for images that
+    are too large for the kernels.
     """
     from ..kernels.network_plan import build_plan  # Triton is needed from here on
     from ..kernels.plugin_plan import plugin_plans
     from .plugin_nodes import build_plugin_graph
 
     plan = build_plan(network, batch=1)
+    for_batch(plan, max(BATCHES))  # fails here, not on the line
     parts = {PLAN: json.dumps(plan.to_dict()).encode()}
     parts["graphs/plugin.onnx"], _ = build_plugin_graph(network)
     for arch in check_targets(targets):

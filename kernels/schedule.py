@@ -2,7 +2,9 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from math import prod
 
+from ..errors import InputError
 from .plan import Buffer, Call, Launch, Plan, aligned
 
 Sizes = dict[str, int]
@@ -79,11 +81,20 @@ def arrange(
 
 
 def for_batch(plan: Plan, batch: int) -> Plan:
-    """The same network for another number of images; the kernels are the same too."""
+    """The same network for another number of images; the kernels are the same too.
+
+    Raises InputError for more images than the kernels' 32-bit offsets reach.
+    """
     buffers = {
         name: replace(b, shape=(batch, *b.shape[1:])) if b.kind in PER_IMAGE else b
         for name, b in plan.buffers.items()
     }
+    largest = max(prod(b.shape) for b in buffers.values() if b.kind in PER_IMAGE)
+    if largest >= 1 << 31:
+        raise InputError(
+            f"images: expected fewer than {batch} of {plan.width}x{plan.height} at once, so that each buffer has "
+            f"fewer than 2^31 elements; one would have {largest}. Smaller images, or tiles (--tiles), fit"
+        )
     launches = tuple(
         Launch(tuple(replace(c, programs=c.programs // plan.batch * batch) for c in launch.calls))
         for launch in plan.launches

@@ -118,6 +118,10 @@ CRAFTED = [
         r"2 .*buffer row_weight: expected float32 \(32, 512\), got float32 \(32, 1000\)",
     ),
     (in_buffer("row_start", kind="scratch"), "2 .*resize kernel's tables and no others"),
+    (
+        in_buffer("t1", shape=[1, 1 << 30, 2]),
+        r"1 .*expected fewer than 1, so that .* 2\^31 elements; t1 would have 2147",
+    ),
     (in_buffer("peaks", shape=[1, 0]), "2 .*bytes in every buffer but the frame's"),
     (in_kernel(offset=10**6), "2 .*sm_90.json: .*whole number from 0 to"),
     (in_kernel(bytes=10**6), "2 .*sm_90.json: .*whole number from 1 to"),

@@ -4,8 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from omniad_edge.errors import InputError
 from omniad_edge.kernels.plan import ALIGN_BYTES, Buffer, Call, Launch, Plan, aligned
-from omniad_edge.kernels.schedule import place, schedule
+from omniad_edge.kernels.schedule import arrange, for_batch, place, schedule
 
 
 def call(*buffers: str) -> Call:
@@ -83,3 +84,11 @@ def test_a_plan_survives_being_stored(stored, front):
     assert again == plan and again.arena_bytes == 768
     assert [again.kernel_key(la) for la in again.all_launches] == [plan.kernel_key(la) for la in plan.all_launches]
     assert len(plan.all_launches) == 1 + (front is not None)
+
+
+def test_buffers_are_within_the_kernels_offsets():
+    buffers = {"x": Buffer((1, 1 << 28), "float16", "input", 0), "y": Buffer((1, 4), "float32", "output", 0)}
+    plan = arrange(1, 4096, 4096, buffers, (Launch((call("x", "y"),)),))
+    assert for_batch(plan, 7).batch == 7
+    with pytest.raises(InputError, match=r"fewer than 8 of 4096x4096 at once, .*\(--tiles\)"):
+        for_batch(plan, 8)

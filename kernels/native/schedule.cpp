@@ -76,6 +76,10 @@ Plan forBatch(Plan plan, int batch) {
         bool perImage = buffer.kind == BufferKind::kINPUT || buffer.kind == BufferKind::kOUTPUT;
         if (perImage || buffer.kind == BufferKind::kSCRATCH) {
             buffer.shape[0] = batch;
+            if (buffer.elements() > INT32_MAX) {  // kernels count them in 32 bits
+                throw inputError("images: expected fewer than ", batch, ", so that each buffer has fewer than 2^31 ",
+                                 "elements; ", buffer.name, " would have ", buffer.elements());
+            }
         }
     }
     for (Launch &launch : plan.launches) {
