@@ -6,8 +6,8 @@ Training, calibration and the line cut by this one definition, which a checkpoin
 Near a tile's border the map is of less worth: the network pads with zeros, and smoothing mirrors within 16 pixels.
 A tile's features are off from those of the whole image by a cosine distance of 0.7 in the outer 16 pixels, 0.4 in
 the next 16, then 0.2, 0.04 and less, whatever the tile's size (20 screws, packaged ResNet18 at stride 16, whose
-training on small crops made it sensitive to borders). The network learns tiles with their borders; still, in merging
-a tile counts nothing along its border, and then gradually more, up to where its neighbour's border begins. The
+training on small crops made it sensitive to borders). The network learns tiles with their borders; still, in
+merging a tile counts nothing along its border, and then gradually more, up to where its neighbour's begins. The
 image's own border is in no other tile, and counts fully.
 """
 
