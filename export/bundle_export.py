@@ -19,6 +19,7 @@ from ..evaluate import (
     Predictions,
     check_maps_fit,
     first_calibrations,
+    good_samples,
     held_out_products,
     held_out_samples,
     predict_images,
@@ -86,7 +87,8 @@ def export_bundle(
     check_targets(targets)
     model, facts = load_run(run)
     config, data = model.config, Path(data or facts["data"])
-    good, test = held_out_samples(data, facts["holdout"]), test_samples(data)
+    samples = good_samples(data, facts)
+    good, test = held_out_samples(samples, data, facts["holdout"]), test_samples(data)
     if quantise:
         check_measurable(test, quantise)
     check_maps_fit(len(good + test), config.tiling.size, maps=3)  # trained network, default engine, one more
@@ -98,13 +100,13 @@ def export_bundle(
         parts["graphs/fp16.onnx"], _ = build_graph(network, half=True, half_weights=True)
     graphs = {None: [], "int8": ["int8", "int8_fp16"] if fp16 else ["int8"], "fp8": ["fp8"]}[quantise]
     if graphs:
-        ranges = activation_ranges(network, calibration_pixels(calibration_samples(data, good), config.tiling))
+        ranges = activation_ranges(network, calibration_pixels(calibration_samples(samples, good), config.tiling))
         parts |= {f"graphs/{name}.onnx": build_quantised_graph(network, name, fp16, ranges) for name in graphs}
 
     def calibrate(predictions: Predictions) -> dict[str, Calibration]:
         return first_calibrations(good_only(first(predictions, len(good))), data, facts["holdout"])
 
-    space = fit_products(model, data, good)
+    space = fit_products(model, samples, good)
     parts[RECOGNITION] = space.to_bytes()
     engines, reference, predictions, quantised = pass_gate(model, images, parts, space, calibrate, report)
     if fp16:
@@ -138,10 +140,10 @@ def entries(calibrations: dict[str, Calibration]) -> dict[str, dict]:
     return {product: calibration.to_dict() for product, calibration in calibrations.items()}
 
 
-def fit_products(model: OmniAD, data: Path, held_out: list[Sample]) -> ProductSpace:
+def fit_products(model: OmniAD, samples: list[Sample], held_out: list[Sample]) -> ProductSpace:
     """From at most FITTED_IMAGES of each product's good images, those held out only where there are no others."""
     pick, unfit = random.Random(0), {sample.path.resolve() for sample in held_out}
-    samples, tiling = find_samples(data, "train"), model.config.tiling
+    tiling = model.config.tiling
     trained = [sample for sample in samples if sample.path.resolve() not in unfit]
     rng, embeddings = np.random.default_rng(0), {}
     for product in dict.fromkeys(sample.product for sample in samples):
@@ -160,9 +162,8 @@ def test_samples(data: Path) -> list[Sample]:
     return [sample for _, kind in by_kind for sample in limited(list(kind), pick)]
 
 
-def calibration_samples(data: Path, held_out: list[Sample]) -> list[Sample]:
+def calibration_samples(samples: list[Sample], held_out: list[Sample]) -> list[Sample]:
     """Good images of all products for the ranges of 8 bits. Trained on: thresholds come from the held out ones."""
-    samples = find_samples(data, "train")
     samples = [sample for sample in samples if sample not in held_out] or samples
     step = max(1, len(samples) // CALIBRATION_IMAGES)
     return samples[::step][:CALIBRATION_IMAGES]

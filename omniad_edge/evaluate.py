@@ -113,7 +113,7 @@ def calibrate_products(
 
 
 def first_calibrations(predictions: Predictions, data: Path, holdout: list[str]) -> dict[str, Calibration]:
-    """What a model starts with: thresholds from the predictions of `held_out_samples(data, holdout)`.
+    """What a model starts with: thresholds from the predictions of `held_out_samples`.
 
     Where nothing was held out they come from images that were trained on, and say so.
     """
@@ -173,7 +173,8 @@ def open_model(path: Path, data: Path) -> Model:
     tiling = config.tiling
     predict = partial(tiling.predict, network.predict)
     data = trained_from if trained_from.is_dir() else data
-    images = load_images(held_out_samples(data, facts["holdout"]), *tiling.size)
+    samples = held_out_samples(good_samples(data, facts), data, facts["holdout"])
+    images = load_images(samples, *tiling.size)
     calibrations = first_calibrations(predict_images(predict, images), data, facts["holdout"])
     facts = config.to_dict() | {"backbone_weights": facts["backbone"], "engine": "torch in fp32"}
     return Model(predict, tiling.size, calibrations, words(facts))
@@ -184,14 +185,22 @@ def words(facts: dict) -> dict[str, str]:
     return words | {"machine": f"{platform.machine()}, {platform.system()}, Python {platform.python_version()}"}
 
 
-def held_out_samples(data: Path, holdout: list[str]) -> list[Sample]:
-    """The good images of `data` that training held out; all good ones of a product of which it held out none.
+def good_samples(data: Path, facts: dict) -> list[Sample]:
+    """The good images of `data`, less those that the run of these facts skipped as broken: they are so still.
 
-    holdout: paths relative to the data set. Raises DataError if one is not there.
+    Raises DataError if the data set is not there.
     """
     if not data.is_dir():
         raise DataError(f"{data}: the data set that was trained on is not there; give its new place with --data")
-    samples = find_samples(data, "train")
+    broken = {(data / path).resolve() for path in facts.get("broken", ())}  # older runs do not say
+    return [sample for sample in find_samples(data, "train") if sample.path.resolve() not in broken]
+
+
+def held_out_samples(samples: list[Sample], data: Path, holdout: list[str]) -> list[Sample]:
+    """Those of `good_samples` that training held out; all of a product of which it held out none.
+
+    holdout: paths relative to the data set. Raises DataError if one is not there.
+    """
     wanted = {(data / path).resolve() for path in holdout}
     found = [sample for sample in samples if sample.path.resolve() in wanted]
     if len(found) < len(wanted):

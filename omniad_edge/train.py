@@ -23,7 +23,7 @@ from .errors import InputError, TrainingError
 from .model import ModelConfig, OmniAD, normalise, reconstruction_loss
 from .progress import Report, counting, progress_display, say
 from .run_folder import RunFolder, State, trained
-from .training_images import check_memory, describe_images, load_good_images, split_holdout
+from .training_images import check_memory, describe_images, load_good_images, relative_paths, split_holdout
 from .versions import versions
 from .weights import load_backbone
 
@@ -83,7 +83,7 @@ def train(
     cache_features: compute the teacher's features once and keep them in memory (1.8 MB an image of 256 x 256);
         equal to rounding. Saves 12 to 14 % of a step's CPU time at 128 x 128, 7 to 19 % at 256 x 256 (preset
         small, batch 16, medians and minima on one thread of a shared two-core machine).
-    on_broken: "stop" at an image that cannot be read, or "skip" it.
+    on_broken: "stop" at an image that cannot be read, or "skip" it, which evaluation and export then do too.
     resume: go on with the run in `out`; settings and images must be the same (device and cache may differ).
     device: "auto" (CUDA if there is one), "cpu", "cuda", or one of several, as "cuda:1".
     progress: gets a dict with epoch, epochs, step, steps, loss, lr, at an epoch's end also seconds and, where
@@ -119,7 +119,8 @@ def train(
         if world.rank == 0:
             facts |= describe_images(images.samples, training, held_out, settings["data"])
             run.check(facts, resume)
-            facts |= {"backbone": backbone, "versions": versions()}
+            broken = relative_paths([path for path, _ in images.broken], settings["data"])
+            facts |= {"backbone": backbone, "broken": broken, "versions": versions()}
         seen = [config.tiling.tiles_of(some) for some in (training, held_out)]
         trainer = Trainer(model, images.pixels, *seen, batch_size, world)
         state = run.load(model, trainer.optimizer) if resume else State()

@@ -15,6 +15,7 @@ from omniad_edge.evaluate import (
     evaluate,
     evaluate_model,
     first_calibrations,
+    good_samples,
     held_out_samples,
     open_model,
     predict_images,
@@ -111,7 +112,7 @@ def test_a_defect_without_a_mask_cannot_be_evaluated(rng):
 def test_held_out_images_are_found(small_run):
     _, facts = load_checkpoint(small_run.folder / "model.safetensors")
     assert len(facts["holdout"]) == 3
-    samples = held_out_samples(small_run.data, facts["holdout"])
+    samples = held_out_samples(good_samples(small_run.data, facts), small_run.data, facts["holdout"])
     assert [s.path.relative_to(small_run.data).as_posix() for s in samples] == sorted(facts["holdout"])
 
 
@@ -119,15 +120,17 @@ def test_a_product_without_held_out_images_gives_all_it_has(small_run):
     """Training holds none out of a product with a single image; the bundle needs its threshold all the same."""
     _, facts = load_checkpoint(small_run.folder / "model.safetensors")
     without_cap = [name for name in facts["holdout"] if not name.startswith("cap/")]
-    counts = Counter(sample.product for sample in held_out_samples(small_run.data, without_cap))
+    samples = good_samples(small_run.data, facts)
+    counts = Counter(sample.product for sample in held_out_samples(samples, small_run.data, without_cap))
     assert counts == {"board": 1, "cap": 4, "gear": 1}
-    assert len(held_out_samples(small_run.data, [])) == 12
+    assert held_out_samples(samples, small_run.data, []) == samples and len(samples) == 12
 
 
 def test_thresholds_from_images_that_were_trained_on_promise_nothing(small_run):
     _, facts = load_checkpoint(small_run.folder / "model.safetensors")
     without_cap = [name for name in facts["holdout"] if not name.startswith("cap/")]
-    images = load_images(held_out_samples(small_run.data, without_cap), 64, 64)
+    samples = held_out_samples(good_samples(small_run.data, facts), small_run.data, without_cap)
+    images = load_images(samples, 64, 64)
     n = len(images.pixels)
     predictions = Predictions(images, np.zeros((n, 64, 64), np.float32), np.linspace(1, 2, n))
     made = first_calibrations(predictions, small_run.data, without_cap)
@@ -140,10 +143,11 @@ def test_thresholds_from_images_that_were_trained_on_promise_nothing(small_run):
 
 
 def test_held_out_images_that_are_gone(small_run, tmp_path):
+    samples, holdout = good_samples(small_run.data, {}), ["cap/train/good/000.png", "cap/train/good/gone.png"]
     with pytest.raises(DataError, match=r"1 of the 2 images held out of training are not there; .* with --data"):
-        held_out_samples(small_run.data, ["cap/train/good/000.png", "cap/train/good/gone.png"])
+        held_out_samples(samples, small_run.data, holdout)
     with pytest.raises(DataError, match=r"moved: the data set that was trained on is not there; .* with --data"):
-        held_out_samples(tmp_path / "moved", [])
+        good_samples(tmp_path / "moved", {})
 
 
 # ---- runs and bundles
