@@ -29,7 +29,7 @@ from ..kernels.fold import fold
 from ..model import OmniAD
 from ..recognition import LIGHT_COPIES, RECOGNITION, ProductLimit, ProductSpace, fit, other_light
 from ..self_test import SELF_TEST
-from ..tiles import Tiling
+from ..tiles import AT_ONCE, Tiling
 from ..versions import versions
 from ..weights import load_run
 from .cubins import check_targets
@@ -143,16 +143,24 @@ def entries(calibrations: dict[str, Calibration]) -> dict[str, dict]:
 def fit_products(model: OmniAD, samples: list[Sample], held_out: list[Sample]) -> ProductSpace:
     """From at most FITTED_IMAGES of each product's good images, those held out only where there are no others."""
     pick, unfit = random.Random(0), {sample.path.resolve() for sample in held_out}
-    tiling = model.config.tiling
     trained = [sample for sample in samples if sample.path.resolve() not in unfit]
     rng, embeddings = np.random.default_rng(0), {}
     for product in dict.fromkeys(sample.product for sample in samples):
         of = [s for s in trained if s.product == product] or [s for s in samples if s.product == product]
-        chosen = pick.sample(of, min(len(of), FITTED_IMAGES))
-        pixels = load_images(chosen, *tiling.size).pixels
-        copies = [other_light(image, rng) for image in pixels for _ in range(LIGHT_COPIES)]
-        embeddings[product] = np.stack([model.embed(tiling.cut(image)).mean(0) for image in (*pixels, *copies)])
+        originals, copies = [], []
+        for sample in pick.sample(of, min(len(of), FITTED_IMAGES)):
+            # One at a time: an image that is seen in tiles takes up to 800 MB.
+            (image,) = load_images([sample], *model.config.tiling.size).pixels
+            originals.append(embed(model, image))
+            copies += [embed(model, other_light(image, rng)) for _ in range(LIGHT_COPIES)]
+        embeddings[product] = np.stack(originals + copies)
     return fit(embeddings)
+
+
+def embed(model: OmniAD, image: np.ndarray) -> np.ndarray:
+    """(rows, columns, 3) uint8 RGB -> (D,): the mean of its tiles, as `Tiling.predict` gives it."""
+    tiles = model.config.tiling.cut(image)
+    return np.concatenate([model.embed(tiles[i : i + AT_ONCE]) for i in range(0, len(tiles), AT_ONCE)]).mean(0)
 
 
 def test_samples(data: Path) -> list[Sample]:

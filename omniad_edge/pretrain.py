@@ -24,6 +24,7 @@ from .errors import BundleError, InputError
 from .files import atomic_write
 from .model import IMAGENET_MEAN, IMAGENET_STD, initialise
 from .pictures import PICTURE_PX, alter_picture, draw_picture
+from .train import checked_seed
 from .weights import read_tensors
 
 CROP_PX = 64
@@ -55,13 +56,14 @@ def pretrain(
     pictures: how many are drawn before the first step, 8 ms and 65 kB each; batch_size: of them a step
     progress: called with the steps done and the loss
     On a GPU, if there is one, in bf16. Returns the last loss, the mean of 50 steps. Raises InputError for an
-    unknown backbone or a number below one, BundleError for a start that does not fit.
+    unknown backbone, a number below one or a seed below zero, BundleError for a start that does not fit.
     """
     if backbone not in ARCHITECTURES:
         raise InputError(f"backbone: expected one of {', '.join(ARCHITECTURES)}; got {backbone!r}")
     for name, value in {"steps": steps, "pictures": pictures, "batch_size": batch_size}.items():
         if value < 1:
             raise InputError(f"{name}: expected at least 1; got {value}")
+    checked_seed(seed)
     rng = np.random.default_rng(seed)
     torch.manual_seed(seed)
     net = ResNet(backbone).apply(initialise).train()

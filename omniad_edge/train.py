@@ -8,7 +8,7 @@ uninterrupted one bit for bit.
 import math
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,6 +33,7 @@ BETAS = (0.9, 0.999)
 WEIGHT_DECAY = 1e-4
 CLIP_NORM = 5.0
 CHECK_EVERY = 20  # steps; reading a loss makes the CPU wait for the GPU
+MAX_SEED = 2**63 - 1  # NumPy takes any whole number from 0 on, torch up to 2**64 - 1, less what `fit` adds
 
 
 @dataclass(frozen=True)
@@ -103,9 +104,9 @@ def train(
         "batch_size": at_least(1, batch_size, "batch_size"),
         "holdout_fraction": holdout,
         "validate_every": at_least(0, validate_every, "validate_every"),
-        "seed": at_least(0, seed, "seed"),
+        "seed": checked_seed(seed),
     }
-    with processes(device) as world:
+    with processes(device) as world, memory_errors(batch_size, config):
         facts = settings | {"processes": world.size}
         run = RunFolder(Path(out))
         run.check(facts, resume)  # before minutes of reading
@@ -138,6 +139,24 @@ def train(
         broken=len(images.broken),
         seconds=state.seconds,
     )
+
+
+@contextmanager
+def memory_errors(batch_size: int, config: ModelConfig) -> Iterator[None]:
+    """TrainingError in place of what NumPy and torch raise when there is no memory left."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as exc:
+        # On a CPU torch has no class for it, only these words.
+        words = ("DefaultCPUAllocator", "bad_alloc")
+        known = isinstance(exc, (torch.OutOfMemoryError, MemoryError)) or any(word in str(exc) for word in words)
+        if not known:
+            raise
+        said = str(exc).partition("\n")[0]  # lines of C++ may follow
+        raise TrainingError(
+            f"out of memory with batches of {batch_size} at {config.tiling}: use a smaller batch size, input "
+            f"size, size of frames to be seen in tiles, or network ({said})"
+        ) from exc
 
 
 def fit(trainer: "Trainer", run: RunFolder, state: State, facts: dict, report: Report) -> None:
@@ -289,6 +308,12 @@ class Trainer:
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.on_gpu)
+
+
+def checked_seed(seed: int) -> int:
+    if at_least(0, seed, "seed") > MAX_SEED:
+        raise InputError(f"seed: expected a whole number from 0 to {MAX_SEED}; got {seed}")
+    return seed
 
 
 def at_least(least: int, value: int, name: str) -> int:

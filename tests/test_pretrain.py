@@ -110,6 +110,8 @@ def test_pretrain_writes_a_backbone_that_loads_and_repeats(tmp_path):
         ({"backbone": "vgg"}, "resnet18"),
         ({"steps": 0}, "at least 1"),
         ({"pictures": 0}, "pictures: expected at least 1"),
+        ({"seed": -1}, "seed: expected a whole number from 0 on; got -1"),
+        ({"seed": 10**23}, f"seed: expected a whole number from 0 to {2**63 - 1}"),
     ],
 )
 def test_bad_arguments(arguments, said, tmp_path):
