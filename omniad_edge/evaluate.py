@@ -1,6 +1,7 @@
 """Scores of many images: for evaluation, for calibration and for the export's parity gate."""
 
 import platform
+from collections import Counter
 from collections.abc import Callable, Container
 from dataclasses import dataclass, replace
 from functools import partial
@@ -71,22 +72,33 @@ def check_maps_fit(count: int, size: tuple[int, int], maps: int = 1) -> None:
 
 
 def evaluate(predictions: Predictions, published: bool = False) -> list[ProductMetrics]:
-    """The seven metrics per product; published: see `evaluate_maps`. Raises DataError for a missing mask."""
-    masks = load_masks(predictions.images.samples, *predictions.images.pixels.shape[1:3])
-    metrics = []
+    """The seven metrics per product; published: see `evaluate_maps`.
+
+    Those of pixels are nan of a product that lacks masks. Raises DataError for a mask that cannot be read.
+    """
+    samples, size = predictions.images.samples, predictions.images.pixels.shape[1:3]
+    metrics, lacking = [], without_masks(samples)
     for product in predictions.products:
         of = predictions.of(product)
+        masks = np.zeros((len(of), *size), bool)  # no pixel to find, hence nan: from some masks it would be wrong
+        if product not in lacking:
+            masks = load_masks([samples[i] for i in of], *size)
         metrics.append(
             evaluate_maps(
                 product,
                 predictions.anomaly_maps[of],
-                masks[of],
+                masks,
                 predictions.pred_scores[of],
                 predictions.labels[of],
                 published,
             )
         )
     return metrics
+
+
+def without_masks(samples: list[Sample]) -> Counter[str]:
+    """How many defective images of a product have no mask; only products of which some have none."""
+    return Counter(sample.product for sample in samples if not sample.is_good and sample.mask_path is None)
 
 
 def calibrate_products(
@@ -234,6 +246,10 @@ def evaluate_model(path: Path, data: Path, published: bool = False) -> Evaluatio
         predictions = predict_images(model.predict, images, progress=progress)
     form = "published grids" if published else "exact"
     facts = {"data": str(data), "pixel F1-max and AUPRO": form, **recognised(predictions, model.recogniser)}
+    if lacking := without_masks(samples):
+        facts["no pixel metrics"] = ", ".join(
+            f"{product}: {count} defective images without a mask" for product, count in lacking.items()
+        )
     facts |= model.facts
     return Evaluation(evaluate(predictions, published), predictions, model.calibrations, facts)
 

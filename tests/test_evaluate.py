@@ -1,6 +1,8 @@
 """Scores of many images, evaluation of runs and bundles, calibration from predictions."""
 
 from collections import Counter
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,6 +23,7 @@ from omniad_edge.evaluate import (
     predict_images,
     report_evaluation,
 )
+from omniad_edge.metrics import mean_metrics
 from omniad_edge.weights import load_checkpoint
 
 
@@ -101,9 +104,26 @@ def test_perfect_maps_have_perfect_metrics(small_run):
     assert worst.image_auroc == worst.pixel_auroc == 0
 
 
-def test_a_defect_without_a_mask_cannot_be_evaluated(rng):
-    with pytest.raises(DataError, match=r"1\.png: this image with a defect \(dent\) has no mask"):
-        evaluate(made_up(rng, ["nut", "nut"], ["good", "dent"]))
+@pytest.mark.parametrize("published", [False, True])
+def test_a_product_that_lacks_a_mask_has_the_metrics_of_images_only(small_run, published):
+    samples = find_samples(small_run.data, "test")
+    lacking = next(i for i, sample in enumerate(samples) if sample.product == "cap" and not sample.is_good)
+    masks = load_masks(samples, 64, 64).astype(np.float32)  # as maps: perfect ones
+    samples[lacking] = replace(samples[lacking], mask_path=None)
+    predictions = Predictions(load_images(samples, 64, 64), masks, masks.max((1, 2)))
+    metrics = {one.product: one for one in evaluate(predictions, published)}
+    assert all(one.image_auroc == one.image_ap == one.image_f1_max == 1 for one in metrics.values())
+    of_pixels = ("pixel_auroc", "pixel_ap", "pixel_f1_max", "aupro", "mad")
+    assert all(np.isnan(getattr(metrics["cap"], name)) for name in of_pixels)
+    assert metrics["board"].pixel_auroc == metrics["gear"].pixel_auroc == 1
+    assert mean_metrics([*metrics.values()]).pixel_auroc == 1
+
+
+def test_a_mask_that_cannot_be_read_stops_the_evaluation(rng):
+    predictions = made_up(rng, ["nut", "nut"], ["good", "dent"])
+    predictions.images.samples[1] = Sample("1.png", "nut", "dent", Path("gone.png"))
+    with pytest.raises(DataError, match=r"mask of 1\.png: .*gone\.png"):
+        evaluate(predictions)
 
 
 # ---- the images that training held out
