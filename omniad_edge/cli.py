@@ -266,7 +266,7 @@ def evaluate(options: argparse.Namespace) -> None:
 
     evaluation = evaluate.evaluate_model(options.model, options.data, options.published)
     Console().print(report.metrics_table(evaluation.metrics))
-    for fact in ("no pixel metrics", "product recognised"):
+    for fact in ("no pixel metrics", "defects missed", "good rejected", "product recognised"):
         if fact in evaluation.facts:
             print(f"{fact}: {evaluation.facts[fact]}")
     if options.json:

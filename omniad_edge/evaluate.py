@@ -20,7 +20,7 @@ from .metrics import ProductMetrics, evaluate_maps
 from .progress import counting
 from .recognition import ProductLimit, ProductSpace, Recogniser, limit_of, read_recogniser, shown_product
 from .report import Case, ProductScores, choose_cases, write_report
-from .result import Result, decide
+from .result import DEFECTIVE, GOOD, UNKNOWN_PRODUCT, WRONG_PRODUCT, Result, decide
 from .tiles import Predict
 from .training_images import check_memory
 
@@ -226,10 +226,11 @@ def held_out_samples(samples: list[Sample], data: Path, holdout: list[str]) -> l
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `evaluate_model` measured; facts go on top of reports."""
+    """What `evaluate_model` measured; pred_labels: what `judge` says; facts go on top of reports."""
 
     metrics: list[ProductMetrics]
     predictions: Predictions
+    pred_labels: list[str]
     calibrations: dict[str, Calibration]
     facts: dict[str, str]
 
@@ -245,21 +246,63 @@ def evaluate_model(path: Path, data: Path, published: bool = False) -> Evaluatio
         images = load_images(samples, *model.size)
         predictions = predict_images(model.predict, images, progress=progress)
     form = "published grids" if published else "exact"
-    facts = {"data": str(data), "pixel F1-max and AUPRO": form, **recognised(predictions, model.recogniser)}
+    shown = shown_products(predictions, model.recogniser)
+    pred_labels = judge(predictions, model.calibrations, shown)
+    facts = {"data": str(data), "pixel F1-max and AUPRO": form, **mistakes(predictions, pred_labels)}
+    facts |= recognised(predictions, shown)
     if lacking := without_masks(samples):
         facts["no pixel metrics"] = ", ".join(
             f"{product}: {count} defective images without a mask" for product, count in lacking.items()
         )
     facts |= model.facts
-    return Evaluation(evaluate(predictions, published), predictions, model.calibrations, facts)
+    return Evaluation(evaluate(predictions, published), predictions, pred_labels, model.calibrations, facts)
 
 
-def recognised(predictions: Predictions, recogniser: Recogniser | None) -> dict[str, str]:
-    """For people: how many of the images are recognised as what they are; empty where nothing recognises them."""
+def shown_products(predictions: Predictions, recogniser: Recogniser | None) -> list[str] | None:
+    """What each image shows to who expects its own product; None where nothing recognises them."""
     if recogniser is None or predictions.embeddings is None:
-        return {}
+        return None
     samples, ratios = predictions.images.samples, recogniser.ratios(predictions.embeddings)
-    right = np.array([shown_product(r, s.product) == s.product for r, s in zip(ratios, samples, strict=True)])
+    return [shown_product(ratio, sample.product) for ratio, sample in zip(ratios, samples, strict=True)]
+
+
+def judge(predictions: Predictions, calibrations: dict[str, Calibration], shown: list[str] | None) -> list[str]:
+    """The pred_label that a Detector gives each image when asked for the image's own product.
+
+    shown: see `shown_products`. "" of a product that the model does not have.
+    """
+    products = [sample.product for sample in predictions.images.samples]
+    labels = []
+    for product, score, seen in zip(products, predictions.pred_scores, shown or products, strict=True):
+        if product not in calibrations:
+            labels.append("")
+        elif seen != product:
+            labels.append(WRONG_PRODUCT if seen else UNKNOWN_PRODUCT)
+        else:  # in float64, as `decide` compares
+            labels.append(DEFECTIVE if float(score) > calibrations[product].threshold else GOOD)
+    return labels
+
+
+def mistakes(predictions: Predictions, pred_labels: list[str]) -> dict[str, str]:
+    """For people: how many images of the model's products are judged wrongly; empty if there is none of them."""
+    judged = np.array(pred_labels) != ""
+    defective, passed = predictions.labels & judged, np.array(pred_labels) == GOOD
+    good = judged & ~defective
+    if not judged.any():
+        return {}
+    return {
+        "defects missed": f"{(defective & passed).sum()} of {defective.sum()}",
+        "good rejected": f"{(good & ~passed).sum()} of {good.sum()}",
+    }
+
+
+def recognised(predictions: Predictions, shown: list[str] | None) -> dict[str, str]:
+    """For people: how many of the images are recognised as what they are; empty where nothing recognises them."""
+    if shown is None:
+        return {}
+    right = np.array(
+        [seen == sample.product for seen, sample in zip(shown, predictions.images.samples, strict=True)]
+    )
     good = ~predictions.labels
     of = (f"{right[some].sum()} of {some.sum()} {kind}" for kind, some in (("good", good), ("defective", ~good)))
     return {"product recognised": ", ".join(of)}
@@ -270,31 +313,36 @@ def report_evaluation(
 ) -> None:
     """The HTML report of an evaluation, with pictures of the worst misses and of each kind."""
     predictions, calibrations = evaluation.predictions, evaluation.calibrations
+    rejected = np.array(evaluation.pred_labels) != GOOD
     scores, cases = [], []
     for product in predictions.products:
         if product not in calibrations:
             raise InputError(f"product {product!r}: expected one of the model's: {', '.join(calibrations)}")
         of, calibration = predictions.of(product), calibrations[product]
         product_scores = predictions.pred_scores[of]
-        scores.append(ProductScores(product, product_scores, predictions.labels[of], calibration.threshold))
+        scores.append(
+            ProductScores(product, product_scores, predictions.labels[of], calibration.threshold, rejected[of])
+        )
         kinds = [predictions.images.samples[i].kind for i in of]
-        for chosen in choose_cases(kinds, product_scores, calibration.threshold):
-            cases.append(case_of(predictions, int(of[chosen]), calibration))
+        for chosen in choose_cases(kinds, product_scores, rejected[of]):
+            index = int(of[chosen])
+            cases.append(case_of(predictions, index, calibration, evaluation.pred_labels[index]))
     write_report(path, title, evaluation.facts, evaluation.metrics, scores, cases, latency)
 
 
-def case_of(predictions: Predictions, index: int, calibration: Calibration) -> Case:
+def case_of(predictions: Predictions, index: int, calibration: Calibration, pred_label: str) -> Case:
     """One image with its overlay for the report."""
     sample = predictions.images.samples[index]
     frame = read_image(sample.path)
     decision = decide(
         predictions.anomaly_maps[index], predictions.pred_scores[index], calibration, *frame.shape[:2]
     )
-    result = Result(
-        **decision, product=sample.product, product_assumed=False, speed_ms={}, backend="", precision=""
+    decision |= {"pred_label": pred_label, "product": sample.product, "product_assumed": False}
+    result = Result(**decision, speed_ms={}, backend="", precision="")
+    numbers = result.pred_score, result.threshold
+    return Case(
+        frame, result.draw(frame), sample.product, sample.kind, *numbers, str(sample.path), result.pred_label
     )
-    overlay = result.draw(frame)
-    return Case(frame, overlay, sample.product, sample.kind, result.pred_score, result.threshold, str(sample.path))
 
 
 def calibrate_bundle(

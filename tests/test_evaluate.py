@@ -1,13 +1,16 @@
 """Scores of many images, evaluation of runs and bundles, calibration from predictions."""
 
+import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 
-from omniad_edge.bundle import read_bundle
+from omniad_edge import Detector
+from omniad_edge.bundle import read_bundle, set_thresholds
 from omniad_edge.data import Images, Sample, find_samples, load_images, load_masks
 from omniad_edge.errors import BundleError, CalibrationError, DataError, InputError
 from omniad_edge.evaluate import (
@@ -19,10 +22,13 @@ from omniad_edge.evaluate import (
     first_calibrations,
     good_samples,
     held_out_samples,
+    judge,
+    mistakes,
     open_model,
     predict_images,
     report_evaluation,
 )
+from omniad_edge.image import read_image
 from omniad_edge.metrics import mean_metrics
 from omniad_edge.weights import load_checkpoint
 
@@ -193,6 +199,41 @@ def test_evaluation_of_a_bundle_and_its_report(small_run, small_bundle, tmp_path
     text = (tmp_path / "report.html").read_text()
     assert all(product in text for product in ("board", "cap", "gear"))
     assert evaluate_model(small_bundle, small_run.data, published=True).facts != evaluation.facts
+
+
+def test_verdicts_are_those_of_a_detector_that_is_asked_for_the_product(small_run, bundle, tmp_path, rng):
+    gear, cap, test = small_run.data / "gear", small_run.data / "cap", tmp_path / "data" / "gear" / "test"
+    shutil.copytree(gear / "train" / "good", tmp_path / "data" / "gear" / "good")
+    shutil.copytree(gear / "test" / "good", test / "good")
+    shutil.copytree(cap / "test" / "good", test / "mixed up")
+    shutil.copy(cap / "train" / "good" / "000.png", test / "good" / "mixed up.png")
+    (test / "no part").mkdir()
+    cv2.imwrite(str(test / "no part" / "0.png"), rng.integers(0, 256, (72, 72, 3), dtype=np.uint8))
+    high = read_bundle(bundle).products["gear"].with_threshold(100)  # no score says anything
+    set_thresholds(bundle, {"gear": high}, "by hand")
+    evaluation, detector = evaluate_model(bundle, tmp_path / "data"), Detector(bundle)
+    samples = evaluation.predictions.images.samples
+    assert evaluation.pred_labels == [detector(read_image(s.path), "gear").pred_label for s in samples]
+    assert [s.kind for s in samples] == ["good"] * 3 + ["mixed up"] * 2 + ["no part"]
+    assert evaluation.pred_labels == ["good"] * 2 + ["wrong product"] * 3 + ["unknown product"]
+    assert (evaluation.facts["defects missed"], evaluation.facts["good rejected"]) == ("0 of 3", "1 of 3")
+    report_evaluation(tmp_path / "report.html", "title", evaluation)
+    text = (tmp_path / "report.html").read_text()
+    assert "<td>0 of 3 (0.0 %)</td><td>1 of 3 (33.3 %)</td>" in text and ">MISS<" not in text
+    assert '<span class="mark">FALSE REJECT</span> good, verdict wrong product' in text
+
+
+def test_scores_are_judged_as_a_detector_does(rng):
+    predictions = made_up(rng, ["nut", "nut", "bolt"], ["good", "dent", "good"])
+    # 0.3 is not a float32; the score nearest to it is above it, and NumPy alone would call the two equal.
+    predictions.pred_scores[:] = 0.3
+    nut = calibrate_products(predictions)["nut"].with_threshold(0.3)
+    labels = judge(predictions, {"nut": nut}, None)
+    assert labels == ["defective", "defective", ""]
+    assert mistakes(predictions, labels) == {"defects missed": "0 of 1", "good rejected": "1 of 1"}
+    nut = nut.with_threshold(float(np.float32(0.3)))
+    assert judge(predictions, {"nut": nut}, None) == ["good", "good", ""]
+    assert mistakes(predictions, ["", "", ""]) == {}
 
 
 def test_what_cannot_be_evaluated(small_run, small_bundle, tmp_path):
