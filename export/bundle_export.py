@@ -19,6 +19,7 @@ from ..evaluate import (
     Predictions,
     check_maps_fit,
     first_calibrations,
+    good_samples,
     held_out_products,
     held_out_samples,
     predict_images,
@@ -28,7 +29,7 @@ from ..kernels.fold import fold
 from ..model import OmniAD
 from ..recognition import LIGHT_COPIES, RECOGNITION, ProductLimit, ProductSpace, fit, other_light
 from ..self_test import SELF_TEST
-from ..tiles import Tiling
+from ..tiles import AT_ONCE, Tiling
 from ..versions import versions
 from ..weights import load_run
 from .cubins import check_targets
@@ -86,7 +87,8 @@ def export_bundle(
     check_targets(targets)
     model, facts = load_run(run)
     config, data = model.config, Path(data or facts["data"])
-    good, test = held_out_samples(data, facts["holdout"]), test_samples(data)
+    samples = good_samples(data, facts)
+    good, test = held_out_samples(samples, data, facts["holdout"]), test_samples(data)
     if quantise:
         check_measurable(test, quantise)
     check_maps_fit(len(good + test), config.tiling.size, maps=3)  # trained network, default engine, one more
@@ -98,13 +100,13 @@ def export_bundle(
         parts["graphs/fp16.onnx"], _ = build_graph(network, half=True, half_weights=True)
     graphs = {None: [], "int8": ["int8", "int8_fp16"] if fp16 else ["int8"], "fp8": ["fp8"]}[quantise]
     if graphs:
-        ranges = activation_ranges(network, calibration_pixels(calibration_samples(data, good), config.tiling))
+        ranges = activation_ranges(network, calibration_pixels(calibration_samples(samples, good), config.tiling))
         parts |= {f"graphs/{name}.onnx": build_quantised_graph(network, name, fp16, ranges) for name in graphs}
 
     def calibrate(predictions: Predictions) -> dict[str, Calibration]:
         return first_calibrations(good_only(first(predictions, len(good))), data, facts["holdout"])
 
-    space = fit_products(model, data, good)
+    space = fit_products(model, samples, good)
     parts[RECOGNITION] = space.to_bytes()
     engines, reference, predictions, quantised = pass_gate(model, images, parts, space, calibrate, report)
     if fp16:
@@ -138,19 +140,27 @@ def entries(calibrations: dict[str, Calibration]) -> dict[str, dict]:
     return {product: calibration.to_dict() for product, calibration in calibrations.items()}
 
 
-def fit_products(model: OmniAD, data: Path, held_out: list[Sample]) -> ProductSpace:
+def fit_products(model: OmniAD, samples: list[Sample], held_out: list[Sample]) -> ProductSpace:
     """From at most FITTED_IMAGES of each product's good images, those held out only where there are no others."""
     pick, unfit = random.Random(0), {sample.path.resolve() for sample in held_out}
-    samples, tiling = find_samples(data, "train"), model.config.tiling
     trained = [sample for sample in samples if sample.path.resolve() not in unfit]
     rng, embeddings = np.random.default_rng(0), {}
     for product in dict.fromkeys(sample.product for sample in samples):
         of = [s for s in trained if s.product == product] or [s for s in samples if s.product == product]
-        chosen = pick.sample(of, min(len(of), FITTED_IMAGES))
-        pixels = load_images(chosen, *tiling.size).pixels
-        copies = [other_light(image, rng) for image in pixels for _ in range(LIGHT_COPIES)]
-        embeddings[product] = np.stack([model.embed(tiling.cut(image)).mean(0) for image in (*pixels, *copies)])
+        originals, copies = [], []
+        for sample in pick.sample(of, min(len(of), FITTED_IMAGES)):
+            # One at a time: an image that is seen in tiles takes up to 800 MB.
+            (image,) = load_images([sample], *model.config.tiling.size).pixels
+            originals.append(embed(model, image))
+            copies += [embed(model, other_light(image, rng)) for _ in range(LIGHT_COPIES)]
+        embeddings[product] = np.stack(originals + copies)
     return fit(embeddings)
+
+
+def embed(model: OmniAD, image: np.ndarray) -> np.ndarray:
+    """(rows, columns, 3) uint8 RGB -> (D,): the mean of its tiles, as `Tiling.predict` gives it."""
+    tiles = model.config.tiling.cut(image)
+    return np.concatenate([model.embed(tiles[i : i + AT_ONCE]) for i in range(0, len(tiles), AT_ONCE)]).mean(0)
 
 
 def test_samples(data: Path) -> list[Sample]:
@@ -160,9 +170,8 @@ def test_samples(data: Path) -> list[Sample]:
     return [sample for _, kind in by_kind for sample in limited(list(kind), pick)]
 
 
-def calibration_samples(data: Path, held_out: list[Sample]) -> list[Sample]:
+def calibration_samples(samples: list[Sample], held_out: list[Sample]) -> list[Sample]:
     """Good images of all products for the ranges of 8 bits. Trained on: thresholds come from the held out ones."""
-    samples = find_samples(data, "train")
     samples = [sample for sample in samples if sample not in held_out] or samples
     step = max(1, len(samples) // CALIBRATION_IMAGES)
     return samples[::step][:CALIBRATION_IMAGES]

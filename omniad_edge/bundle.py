@@ -25,7 +25,7 @@ from .calibration import Calibration
 from .errors import BundleError, InputError
 from .files import atomic_write
 from .recognition import ProductLimit
-from .tiles import MAX_SIDE_PX, OVERLAP_PX, Tiling
+from .tiles import MAX_INPUT_PX, MAX_SIDE_PX, OVERLAP_PX, Tiling
 
 FORMAT = "omniad-bundle"
 SCHEMA = 2  # 2 has "recognition"; who does not know it would let unknown products pass
@@ -409,8 +409,8 @@ def _check_manifest(manifest: dict) -> None:
 def _check_input(entry: dict) -> None:
     for key in ("height", "width"):
         size = entry.get(key)
-        valid = type(size) is int and 32 <= size <= 4096 and size % 32 == 0
-        _expect(valid, f"input {key} must be a multiple of 32 from 32 to 4096", size)
+        valid = type(size) is int and 32 <= size <= MAX_INPUT_PX and size % 32 == 0
+        _expect(valid, f"input {key} must be a multiple of 32 from 32 to {MAX_INPUT_PX}", size)
     tiled = {"resize": TILED_RESIZE} if "tiles" in entry else {}
     for key, value in (FIXED_INPUT | tiled).items():
         _expect(entry.get(key) == value, f"input {key} must be {value}", entry.get(key))

@@ -266,8 +266,9 @@ def evaluate(options: argparse.Namespace) -> None:
 
     evaluation = evaluate.evaluate_model(options.model, options.data, options.published)
     Console().print(report.metrics_table(evaluation.metrics))
-    if recognised := evaluation.facts.get("product recognised"):
-        print(f"product recognised: {recognised}")
+    for fact in ("no pixel metrics", "defects missed", "good rejected", "product recognised"):
+        if fact in evaluation.facts:
+            print(f"{fact}: {evaluation.facts[fact]}")
     if options.json:
         report.write_metrics_json(options.json, evaluation.metrics, evaluation.facts)
     if options.csv:

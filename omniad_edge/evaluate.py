@@ -1,6 +1,7 @@
 """Scores of many images: for evaluation, for calibration and for the export's parity gate."""
 
 import platform
+from collections import Counter
 from collections.abc import Callable, Container
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,7 +20,7 @@ from .metrics import ProductMetrics, evaluate_maps
 from .progress import counting
 from .recognition import ProductLimit, ProductSpace, Recogniser, limit_of, read_recogniser, shown_product
 from .report import Case, ProductScores, choose_cases, write_report
-from .result import Result, decide
+from .result import DEFECTIVE, GOOD, UNKNOWN_PRODUCT, WRONG_PRODUCT, Result, decide
 from .tiles import Predict
 from .training_images import check_memory
 
@@ -71,22 +72,33 @@ def check_maps_fit(count: int, size: tuple[int, int], maps: int = 1) -> None:
 
 
 def evaluate(predictions: Predictions, published: bool = False) -> list[ProductMetrics]:
-    """The seven metrics per product; published: see `evaluate_maps`. Raises DataError for a missing mask."""
-    masks = load_masks(predictions.images.samples, *predictions.images.pixels.shape[1:3])
-    metrics = []
+    """The seven metrics per product; published: see `evaluate_maps`.
+
+    Those of pixels are nan of a product that lacks masks. Raises DataError for a mask that cannot be read.
+    """
+    samples, size = predictions.images.samples, predictions.images.pixels.shape[1:3]
+    metrics, lacking = [], without_masks(samples)
     for product in predictions.products:
         of = predictions.of(product)
+        masks = np.zeros((len(of), *size), bool)  # no pixel to find, hence nan: from some masks it would be wrong
+        if product not in lacking:
+            masks = load_masks([samples[i] for i in of], *size)
         metrics.append(
             evaluate_maps(
                 product,
                 predictions.anomaly_maps[of],
-                masks[of],
+                masks,
                 predictions.pred_scores[of],
                 predictions.labels[of],
                 published,
             )
         )
     return metrics
+
+
+def without_masks(samples: list[Sample]) -> Counter[str]:
+    """How many defective images of a product have no mask; only products of which some have none."""
+    return Counter(sample.product for sample in samples if not sample.is_good and sample.mask_path is None)
 
 
 def calibrate_products(
@@ -113,7 +125,7 @@ def calibrate_products(
 
 
 def first_calibrations(predictions: Predictions, data: Path, holdout: list[str]) -> dict[str, Calibration]:
-    """What a model starts with: thresholds from the predictions of `held_out_samples(data, holdout)`.
+    """What a model starts with: thresholds from the predictions of `held_out_samples`.
 
     Where nothing was held out they come from images that were trained on, and say so.
     """
@@ -173,7 +185,8 @@ def open_model(path: Path, data: Path) -> Model:
     tiling = config.tiling
     predict = partial(tiling.predict, network.predict)
     data = trained_from if trained_from.is_dir() else data
-    images = load_images(held_out_samples(data, facts["holdout"]), *tiling.size)
+    samples = held_out_samples(good_samples(data, facts), data, facts["holdout"])
+    images = load_images(samples, *tiling.size)
     calibrations = first_calibrations(predict_images(predict, images), data, facts["holdout"])
     facts = config.to_dict() | {"backbone_weights": facts["backbone"], "engine": "torch in fp32"}
     return Model(predict, tiling.size, calibrations, words(facts))
@@ -184,14 +197,22 @@ def words(facts: dict) -> dict[str, str]:
     return words | {"machine": f"{platform.machine()}, {platform.system()}, Python {platform.python_version()}"}
 
 
-def held_out_samples(data: Path, holdout: list[str]) -> list[Sample]:
-    """The good images of `data` that training held out; all good ones of a product of which it held out none.
+def good_samples(data: Path, facts: dict) -> list[Sample]:
+    """The good images of `data`, less those that the run of these facts skipped as broken: they are so still.
 
-    holdout: paths relative to the data set. Raises DataError if one is not there.
+    Raises DataError if the data set is not there.
     """
     if not data.is_dir():
         raise DataError(f"{data}: the data set that was trained on is not there; give its new place with --data")
-    samples = find_samples(data, "train")
+    broken = {(data / path).resolve() for path in facts.get("broken", ())}  # older runs do not say
+    return [sample for sample in find_samples(data, "train") if sample.path.resolve() not in broken]
+
+
+def held_out_samples(samples: list[Sample], data: Path, holdout: list[str]) -> list[Sample]:
+    """Those of `good_samples` that training held out; all of a product of which it held out none.
+
+    holdout: paths relative to the data set. Raises DataError if one is not there.
+    """
     wanted = {(data / path).resolve() for path in holdout}
     found = [sample for sample in samples if sample.path.resolve() in wanted]
     if len(found) < len(wanted):
@@ -205,10 +226,11 @@ def held_out_samples(data: Path, holdout: list[str]) -> list[Sample]:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `evaluate_model` measured; facts go on top of reports."""
+    """What `evaluate_model` measured; pred_labels: what `judge` says; facts go on top of reports."""
 
     metrics: list[ProductMetrics]
     predictions: Predictions
+    pred_labels: list[str]
     calibrations: dict[str, Calibration]
     facts: dict[str, str]
 
@@ -224,17 +246,63 @@ def evaluate_model(path: Path, data: Path, published: bool = False) -> Evaluatio
         images = load_images(samples, *model.size)
         predictions = predict_images(model.predict, images, progress=progress)
     form = "published grids" if published else "exact"
-    facts = {"data": str(data), "pixel F1-max and AUPRO": form, **recognised(predictions, model.recogniser)}
+    shown = shown_products(predictions, model.recogniser)
+    pred_labels = judge(predictions, model.calibrations, shown)
+    facts = {"data": str(data), "pixel F1-max and AUPRO": form, **mistakes(predictions, pred_labels)}
+    facts |= recognised(predictions, shown)
+    if lacking := without_masks(samples):
+        facts["no pixel metrics"] = ", ".join(
+            f"{product}: {count} defective images without a mask" for product, count in lacking.items()
+        )
     facts |= model.facts
-    return Evaluation(evaluate(predictions, published), predictions, model.calibrations, facts)
+    return Evaluation(evaluate(predictions, published), predictions, pred_labels, model.calibrations, facts)
 
 
-def recognised(predictions: Predictions, recogniser: Recogniser | None) -> dict[str, str]:
-    """For people: how many of the images are recognised as what they are; empty where nothing recognises them."""
+def shown_products(predictions: Predictions, recogniser: Recogniser | None) -> list[str] | None:
+    """What each image shows to who expects its own product; None where nothing recognises them."""
     if recogniser is None or predictions.embeddings is None:
-        return {}
+        return None
     samples, ratios = predictions.images.samples, recogniser.ratios(predictions.embeddings)
-    right = np.array([shown_product(r, s.product) == s.product for r, s in zip(ratios, samples, strict=True)])
+    return [shown_product(ratio, sample.product) for ratio, sample in zip(ratios, samples, strict=True)]
+
+
+def judge(predictions: Predictions, calibrations: dict[str, Calibration], shown: list[str] | None) -> list[str]:
+    """The pred_label that a Detector gives each image when asked for the image's own product.
+
+    shown: see `shown_products`. "" of a product that the model does not have.
+    """
+    products = [sample.product for sample in predictions.images.samples]
+    labels = []
+    for product, score, seen in zip(products, predictions.pred_scores, shown or products, strict=True):
+        if product not in calibrations:
+            labels.append("")
+        elif seen != product:
+            labels.append(WRONG_PRODUCT if seen else UNKNOWN_PRODUCT)
+        else:  # in float64, as `decide` compares
+            labels.append(DEFECTIVE if float(score) > calibrations[product].threshold else GOOD)
+    return labels
+
+
+def mistakes(predictions: Predictions, pred_labels: list[str]) -> dict[str, str]:
+    """For people: how many images of the model's products are judged wrongly; empty if there is none of them."""
+    judged = np.array(pred_labels) != ""
+    defective, passed = predictions.labels & judged, np.array(pred_labels) == GOOD
+    good = judged & ~defective
+    if not judged.any():
+        return {}
+    return {
+        "defects missed": f"{(defective & passed).sum()} of {defective.sum()}",
+        "good rejected": f"{(good & ~passed).sum()} of {good.sum()}",
+    }
+
+
+def recognised(predictions: Predictions, shown: list[str] | None) -> dict[str, str]:
+    """For people: how many of the images are recognised as what they are; empty where nothing recognises them."""
+    if shown is None:
+        return {}
+    right = np.array(
+        [seen == sample.product for seen, sample in zip(shown, predictions.images.samples, strict=True)]
+    )
     good = ~predictions.labels
     of = (f"{right[some].sum()} of {some.sum()} {kind}" for kind, some in (("good", good), ("defective", ~good)))
     return {"product recognised": ", ".join(of)}
@@ -245,31 +313,36 @@ def report_evaluation(
 ) -> None:
     """The HTML report of an evaluation, with pictures of the worst misses and of each kind."""
     predictions, calibrations = evaluation.predictions, evaluation.calibrations
+    rejected = np.array(evaluation.pred_labels) != GOOD
     scores, cases = [], []
     for product in predictions.products:
         if product not in calibrations:
             raise InputError(f"product {product!r}: expected one of the model's: {', '.join(calibrations)}")
         of, calibration = predictions.of(product), calibrations[product]
         product_scores = predictions.pred_scores[of]
-        scores.append(ProductScores(product, product_scores, predictions.labels[of], calibration.threshold))
+        scores.append(
+            ProductScores(product, product_scores, predictions.labels[of], calibration.threshold, rejected[of])
+        )
         kinds = [predictions.images.samples[i].kind for i in of]
-        for chosen in choose_cases(kinds, product_scores, calibration.threshold):
-            cases.append(case_of(predictions, int(of[chosen]), calibration))
+        for chosen in choose_cases(kinds, product_scores, rejected[of]):
+            index = int(of[chosen])
+            cases.append(case_of(predictions, index, calibration, evaluation.pred_labels[index]))
     write_report(path, title, evaluation.facts, evaluation.metrics, scores, cases, latency)
 
 
-def case_of(predictions: Predictions, index: int, calibration: Calibration) -> Case:
+def case_of(predictions: Predictions, index: int, calibration: Calibration, pred_label: str) -> Case:
     """One image with its overlay for the report."""
     sample = predictions.images.samples[index]
     frame = read_image(sample.path)
     decision = decide(
         predictions.anomaly_maps[index], predictions.pred_scores[index], calibration, *frame.shape[:2]
     )
-    result = Result(
-        **decision, product=sample.product, product_assumed=False, speed_ms={}, backend="", precision=""
+    decision |= {"pred_label": pred_label, "product": sample.product, "product_assumed": False}
+    result = Result(**decision, speed_ms={}, backend="", precision="")
+    numbers = result.pred_score, result.threshold
+    return Case(
+        frame, result.draw(frame), sample.product, sample.kind, *numbers, str(sample.path), result.pred_label
     )
-    overlay = result.draw(frame)
-    return Case(frame, overlay, sample.product, sample.kind, result.pred_score, result.threshold, str(sample.path))
 
 
 def refuse_strays(predictions: Predictions, recogniser: Recogniser) -> None:

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from .anomaly_map import anomaly_map
 from .backbone import ARCHITECTURES, Bottleneck, ResNet
 from .errors import InputError
-from .tiles import MAX_SIDE_PX, Tiling
+from .tiles import MAX_INPUT_PX, MAX_SIDE_PX, Tiling
 
 HEADS = 8
 STRIDE = 32  # of the neck's output: sizes are multiples of it
@@ -40,7 +40,7 @@ class ModelConfig:
     attention_output: what maps the concatenated heads: "linear" (Eq. 1), "none", or "mlp" (C, SiLU, C)
     branches:         which branches an Omni-block has (Table IV)
     tokens:           learnable tokens per step, a square number
-    height, width:    input size, multiples of 32 from 64 on
+    height, width:    input size, multiples of 32 from 64 to 4096, as a bundle takes it
     tiles:            rows and columns that a frame is resized to, to be seen in tiles of the input size; None: a
                       frame is resized to the input size itself
     """
@@ -70,9 +70,10 @@ class ModelConfig:
             raise InputError(f"depths: expected four numbers of blocks, each at least 1; got {self.depths}")
         if self.tokens < 1 or isqrt(self.tokens) ** 2 != self.tokens:
             raise InputError(f"tokens: expected a square number such as 64; got {self.tokens}")
-        if min(self.height, self.width) < 2 * STRIDE or self.height % STRIDE or self.width % STRIDE:
+        sides = self.height, self.width
+        if any(side % STRIDE or not 2 * STRIDE <= side <= MAX_INPUT_PX for side in sides):
             raise InputError(
-                f"input size: height and width must be multiples of {STRIDE} from {2 * STRIDE} on; "
+                f"input size: height and width must be multiples of {STRIDE} from {2 * STRIDE} to {MAX_INPUT_PX}; "
                 f"got {self.height} x {self.width}"
             )
         if self.tiles is not None:

@@ -20,11 +20,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .backbone import ARCHITECTURES, ResNet
-from .errors import BundleError, InputError
+from .errors import BundleError, InputError, TrainingError
 from .files import atomic_write
 from .model import IMAGENET_MEAN, IMAGENET_STD, initialise
 from .pictures import PICTURE_PX, alter_picture, draw_picture
-from .weights import read_tensors
+from .train import checked_seed
+from .weights import listed, read_tensors
 
 CROP_PX = 64
 PICTURES = 4000
@@ -55,13 +56,15 @@ def pretrain(
     pictures: how many are drawn before the first step, 8 ms and 65 kB each; batch_size: of them a step
     progress: called with the steps done and the loss
     On a GPU, if there is one, in bf16. Returns the last loss, the mean of 50 steps. Raises InputError for an
-    unknown backbone or a number below one, BundleError for a start that does not fit.
+    unknown backbone, a number below one or a seed below zero, BundleError for a start that does not fit, and
+    TrainingError, writing nothing, if the loss is not finite.
     """
     if backbone not in ARCHITECTURES:
         raise InputError(f"backbone: expected one of {', '.join(ARCHITECTURES)}; got {backbone!r}")
     for name, value in {"steps": steps, "pictures": pictures, "batch_size": batch_size}.items():
         if value < 1:
             raise InputError(f"{name}: expected at least 1; got {value}")
+    checked_seed(seed)
     rng = np.random.default_rng(seed)
     torch.manual_seed(seed)
     net = ResNet(backbone).apply(initialise).train()
@@ -88,7 +91,7 @@ def fit(
     rng: np.random.Generator,
     progress: Callable[[int, float], None] | None,
 ) -> list[float]:
-    """Train `net` on `draw_pictures`' tensors; the losses."""
+    """Train `net` on `draw_pictures`' tensors; the losses. Raises TrainingError if one is not finite."""
     heads = nn.ModuleList(nn.Linear(channels, EMBEDDING) for channels in net.channels)
     parameters = [*net.parameters(), *heads.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=WEIGHT_DECAY, fused=True)
@@ -102,9 +105,14 @@ def fit(
             loss = contrastive_loss(net, heads, *crop([some[rows] for some in images], rng))
         optimizer.zero_grad()
         loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 5.0)
+        norm = nn.utils.clip_grad_norm_(parameters, 5.0)
         optimizer.step()
         losses.append(loss.item())
+        if not (math.isfinite(losses[-1]) and norm.isfinite()):
+            raise TrainingError(
+                f"loss or gradient is not finite in step {step + 1} of {steps}; nothing was written: try another "
+                "seed, a larger batch or another start"
+            )
         if progress:
             progress(step + 1, losses[-1])
     return losses
@@ -128,15 +136,24 @@ def grow(net: ResNet, tensors: dict[str, Tensor]) -> None:
     """
     state = net.state_dict()
     strange = [name for name, t in tensors.items() if name not in state or state[name].shape != t.shape]
-    if strange or not tensors:
+    whole = {block_of(name) for name in tensors} | {"", "layer1.0", "layer2.0", "layer3.0"}
+    counts = "num_batches_tracked"  # not in what `pretrain` writes
+    missing = [n for n in state if block_of(n) in whole and n not in tensors and not n.endswith(counts)]
+    if strange or missing:
         raise BundleError(
-            f"start: expected weights of a smaller ResNet of the same kind; {strange[:3]} do not fit"
+            f"start: expected weights of a smaller ResNet of the same kind; {listed(strange)} do not fit, "
+            f"{listed(missing)} missing"
         )
     for name, module in net.named_modules():
         last = getattr(module, "bn3", getattr(module, "bn2", None))  # of a block
         if last is not None and f"{name}.bn1.weight" not in tensors:
             nn.init.zeros_(last.weight)
     net.load_state_dict(state | {name: t.float() for name, t in tensors.items()})
+
+
+def block_of(name: str) -> str:
+    """ "layer1.0.conv1.weight" -> "layer1.0"; "" of the stem."""
+    return ".".join(name.split(".")[:2]) if name.startswith("layer") else ""
 
 
 def contrastive_loss(

@@ -42,7 +42,7 @@ class Case:
     """One inspected image to show.
 
     image, overlay: (H, W, 3) uint8 BGR; the overlay is `Result.draw`'s, with heatmap and mask outline.
-    kind: "good" or the defect's name. The verdict is defective if pred_score > threshold.
+    kind: "good" or the defect's name. pred_label: as in `Result`; all but "good" are rejected.
     Raises InputError if a picture is anything else or a number is not finite.
     """
 
@@ -53,6 +53,7 @@ class Case:
     pred_score: float
     threshold: float
     path: str
+    pred_label: str
 
     def __post_init__(self) -> None:
         for name, picture in (("image", self.image), ("overlay", self.overlay)):
@@ -70,7 +71,7 @@ class Case:
 
     @property
     def is_rejected(self) -> bool:
-        return float(self.pred_score) > float(self.threshold)
+        return self.pred_label != GOOD
 
     @property
     def mark(self) -> str:
@@ -84,6 +85,7 @@ class Case:
 class ProductScores:
     """All test scores of one product: scores (N,) finite, labels (N,) bool, True is defective.
 
+    rejected: (N,) bool, the verdicts; of parts that are not recognised they do not follow from the score.
     Raises InputError if they are anything else.
     """
 
@@ -91,9 +93,11 @@ class ProductScores:
     scores: np.ndarray
     labels: np.ndarray
     threshold: float
+    rejected: np.ndarray
 
     def __post_init__(self) -> None:
         checked_scores(self.scores, self.labels)
+        checked_scores(self.scores, self.rejected)
         if not math.isfinite(self.threshold):
             raise InputError(f"{self.product}: threshold: expected a finite number, got {self.threshold}")
 
@@ -109,10 +113,13 @@ class ProductScores:
     @property
     def mistakes(self) -> tuple[int, int]:
         """The number of defective images missed and of good ones rejected."""
-        return int((self.defective <= self.threshold).sum()), int((self.good > self.threshold).sum())
+        labels, rejected = np.asarray(self.labels), np.asarray(self.rejected)
+        return int((labels & ~rejected).sum()), int((rejected & ~labels).sum())
 
 
-def choose_cases(kinds: Sequence[str], scores: Sequence[float], threshold: float, per_group: int = 6) -> list[int]:
+def choose_cases(
+    kinds: Sequence[str], scores: Sequence[float], rejected: Sequence[bool], per_group: int = 6
+) -> list[int]:
     """Indices of one product's images worth a picture, so that only their overlays need be drawn.
 
     The lowest-scored misses and the highest false rejects, `per_group` of each, then of every kind the
@@ -120,12 +127,12 @@ def choose_cases(kinds: Sequence[str], scores: Sequence[float], threshold: float
     """
     values = np.asarray(scores, dtype=np.float64)
     good = np.array([kind == GOOD for kind in kinds], dtype=bool)
-    if values.shape != good.shape:
-        raise InputError(f"expected one kind and score an image, got {len(kinds)} and {values.shape}")
-    if not (np.isfinite(values).all() and math.isfinite(threshold)):
-        raise InputError("scores and threshold: expected finite numbers, got NaN or inf")
+    if not len(values) == len(good) == len(rejected):
+        came = f"{len(good)}, {len(values)} and {len(rejected)}"
+        raise InputError(f"expected one kind, score and verdict an image, got {came}")
+    if not np.isfinite(values).all():
+        raise InputError("scores: expected finite numbers, got NaN or inf")
     ascending = np.argsort(values, kind="stable")
-    rejected = values > threshold
     misses = [int(i) for i in ascending if not good[i] and not rejected[i]]
     false_rejects = [int(i) for i in ascending[::-1] if good[i] and rejected[i]]
     typical = []
@@ -273,7 +280,7 @@ def _roc(one: ProductScores) -> str:
 def _histogram(one: ProductScores) -> str:
     """Good scores upwards, defective ones downwards, each as shares of its own class on one scale.
 
-    The threshold is an edge between two bars, so a bar is wholly accepted or wholly rejected.
+    The threshold is an edge between two bars, so a bar is wholly below it, or at it, or wholly above.
     """
     every = np.concatenate([one.good, one.defective, [one.threshold]])
     step = (every.max() - every.min()) / BINS or 1.0
@@ -323,11 +330,10 @@ def _groups(cases: Sequence[Case], scores: Sequence[ProductScores]) -> Iterator[
 
 def _case(case: Case) -> str:
     ratio = f" = {case.pred_score / case.threshold:.2f} × threshold" if case.threshold > 0 else ", threshold"
-    verdict = "defective" if case.is_rejected else "good"
     return (
         f'<figure class="case {case.mark.lower().replace(" ", "-")}"><div class="pair">'
         f"{_picture(case.image, 'camera image')}{_picture(case.overlay, 'anomaly heatmap')}</div>"
-        f'<figcaption><span class="mark">{case.mark}</span> {escape(case.kind)}, verdict {verdict}<br>'
+        f'<figcaption><span class="mark">{case.mark}</span> {escape(case.kind)}, verdict {case.pred_label}<br>'
         f"score {case.pred_score:#.4g}{ratio} {case.threshold:#.4g}"
         f'<span class="path">{escape(case.path)}</span></figcaption></figure>\n'
     )

@@ -20,6 +20,7 @@ import numpy as np
 OVERLAP_PX = 64  # that neighbours share, at least; of tiles under 128 half a tile
 MARGIN = 1 / 4  # of the overlap: this border counts nothing where a neighbour has it too
 MAX_SIDE_PX = 16384  # of an image
+MAX_INPUT_PX = 4096  # side of the network's input: of a tile, or of an image that is seen whole
 AT_ONCE = 8  # tiles per call of an engine, for which those on a GPU have a graph; bounds memory on a CPU
 
 # pixels (N, H, W, 3) uint8 RGB -> anomaly_map (N, H, W) and pred_score (N,), float32

@@ -8,7 +8,7 @@ uninterrupted one bit for bit.
 import math
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from .errors import InputError, TrainingError
 from .model import ModelConfig, OmniAD, normalise, reconstruction_loss
 from .progress import Report, counting, progress_display, say
 from .run_folder import RunFolder, State, trained
-from .training_images import check_memory, describe_images, load_good_images, split_holdout
+from .training_images import check_memory, describe_images, load_good_images, relative_paths, split_holdout
 from .versions import versions
 from .weights import load_backbone
 
@@ -33,6 +33,7 @@ BETAS = (0.9, 0.999)
 WEIGHT_DECAY = 1e-4
 CLIP_NORM = 5.0
 CHECK_EVERY = 20  # steps; reading a loss makes the CPU wait for the GPU
+MAX_SEED = 2**63 - 1  # NumPy takes any whole number from 0 on, torch up to 2**64 - 1, less what `fit` adds
 
 
 @dataclass(frozen=True)
@@ -83,7 +84,7 @@ def train(
     cache_features: compute the teacher's features once and keep them in memory (1.8 MB an image of 256 x 256);
         equal to rounding. Saves 12 to 14 % of a step's CPU time at 128 x 128, 7 to 19 % at 256 x 256 (preset
         small, batch 16, medians and minima on one thread of a shared two-core machine).
-    on_broken: "stop" at an image that cannot be read, or "skip" it.
+    on_broken: "stop" at an image that cannot be read, or "skip" it, which evaluation and export then do too.
     resume: go on with the run in `out`; settings and images must be the same (device and cache may differ).
     device: "auto" (CUDA if there is one), "cpu", "cuda", or one of several, as "cuda:1".
     progress: gets a dict with epoch, epochs, step, steps, loss, lr, at an epoch's end also seconds and, where
@@ -103,9 +104,9 @@ def train(
         "batch_size": at_least(1, batch_size, "batch_size"),
         "holdout_fraction": holdout,
         "validate_every": at_least(0, validate_every, "validate_every"),
-        "seed": at_least(0, seed, "seed"),
+        "seed": checked_seed(seed),
     }
-    with processes(device) as world:
+    with processes(device) as world, memory_errors(batch_size, config):
         facts = settings | {"processes": world.size}
         run = RunFolder(Path(out))
         run.check(facts, resume)  # before minutes of reading
@@ -119,7 +120,8 @@ def train(
         if world.rank == 0:
             facts |= describe_images(images.samples, training, held_out, settings["data"])
             run.check(facts, resume)
-            facts |= {"backbone": backbone, "versions": versions()}
+            broken = relative_paths([path for path, _ in images.broken], settings["data"])
+            facts |= {"backbone": backbone, "broken": broken, "versions": versions()}
         seen = [config.tiling.tiles_of(some) for some in (training, held_out)]
         trainer = Trainer(model, images.pixels, *seen, batch_size, world)
         state = run.load(model, trainer.optimizer) if resume else State()
@@ -137,6 +139,24 @@ def train(
         broken=len(images.broken),
         seconds=state.seconds,
     )
+
+
+@contextmanager
+def memory_errors(batch_size: int, config: ModelConfig) -> Iterator[None]:
+    """TrainingError in place of what NumPy and torch raise when there is no memory left."""
+    try:
+        yield
+    except (RuntimeError, MemoryError) as exc:
+        # On a CPU torch has no class for it, only these words.
+        words = ("DefaultCPUAllocator", "bad_alloc")
+        known = isinstance(exc, (torch.OutOfMemoryError, MemoryError)) or any(word in str(exc) for word in words)
+        if not known:
+            raise
+        said = str(exc).partition("\n")[0]  # lines of C++ may follow
+        raise TrainingError(
+            f"out of memory with batches of {batch_size} at {config.tiling}: use a smaller batch size, input "
+            f"size, size of frames to be seen in tiles, or network ({said})"
+        ) from exc
 
 
 def fit(trainer: "Trainer", run: RunFolder, state: State, facts: dict, report: Report) -> None:
@@ -288,6 +308,12 @@ class Trainer:
 
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.on_gpu)
+
+
+def checked_seed(seed: int) -> int:
+    if at_least(0, seed, "seed") > MAX_SEED:
+        raise InputError(f"seed: expected a whole number from 0 to {MAX_SEED}; got {seed}")
+    return seed
 
 
 def at_least(least: int, value: int, name: str) -> int:

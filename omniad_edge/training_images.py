@@ -59,9 +59,14 @@ def describe_images(samples: list[Sample], training: np.ndarray, held_out: np.nd
     """
     return {
         "products": sorted({sample.product for sample in samples}),
-        "holdout": [Path(os.path.relpath(samples[i].path, data)).as_posix() for i in held_out],
+        "holdout": relative_paths([samples[i].path for i in held_out], data),
         "trained_on": [file_sha256(samples[i].path)[:16] for i in training],
     }
+
+
+def relative_paths(paths: list[Path], data: str) -> list[str]:
+    """As a checkpoint has them: they hold where the data set is moved."""
+    return [Path(os.path.relpath(path, data)).as_posix() for path in paths]
 
 
 def check_memory(what: str, needed_bytes: int, sharers: int = 1, error: type[OmniADError] = TrainingError) -> None:

@@ -1,19 +1,23 @@
 """From a run to a bundle: what is in it, and when it is not written."""
 
 import hashlib
+import shutil
 from pathlib import Path
 
 import cv2
 import numpy as np
 import pytest
+from small_run import CONFIG
 
 from omniad_edge import Detector
 from omniad_edge.bundle import read_bundle
 from omniad_edge.data import Sample, find_samples
 from omniad_edge.engine import OnnxRuntimeEngine
 from omniad_edge.errors import BundleError, DataError, ExportError, MissingDependencyError
+from omniad_edge.evaluate import open_model
 from omniad_edge.export import bundle_export
 from omniad_edge.export.bundle_export import IMAGES_PER_KIND, export_bundle
+from omniad_edge.train import train
 from omniad_edge.weights import load_checkpoint, save_checkpoint
 
 
@@ -119,6 +123,21 @@ def test_held_out_images_that_are_gone(small_run, tmp_path):
     run = rewritten(small_run, tmp_path / "run", holdout=["gear/train/good/gone.png"])
     with pytest.raises(DataError, match=r"1 of the 1 images held out of training are not there; .* --data"):
         export_bundle(run, tmp_path / "a.omniad")
+
+
+@pytest.mark.filterwarnings("ignore:the teacher has random weights")
+def test_images_that_training_skipped_as_broken_are_skipped_again(small_run, tmp_path, without_openvino):
+    data = tmp_path / "data"
+    shutil.copytree(small_run.data, data)
+    (data / "cap" / "train" / "good" / "001.png").write_bytes(b"not a picture")
+    options = {"epochs": 1, "backbone_weights": "none", "on_broken": "skip", "progress": lambda report: None}
+    train(data, tmp_path / "run", CONFIG, holdout=0, **options)  # nothing held out: all that was read is used
+    data.rename(tmp_path / "moved")
+    report = export_bundle(tmp_path / "run", tmp_path / "a.omniad", data=tmp_path / "moved")
+    n_good = {product: c.n_good for product, c in report.calibrations.items()}
+    assert n_good == {"board": 4, "cap": 3, "gear": 4}
+    run = open_model(tmp_path / "run", tmp_path / "moved")
+    assert {product: c.n_good for product, c in run.calibrations.items()} == n_good
 
 
 def test_there_is_no_run(tmp_path):

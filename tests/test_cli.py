@@ -40,6 +40,23 @@ def test_train_export_evaluate_predict(tmp_path, capsys):
     assert run_main("evaluate", run, "--data", data) == 0
 
 
+def test_evaluate_without_masks(small_bundle, small_run, tmp_path, capsys):
+    data = tmp_path / "data" / "gear"
+    shutil.copytree(small_run.data / "gear" / "train" / "good", data / "good")
+    shutil.copytree(small_run.data / "gear" / "test", data / "test")
+    report, table, rows = (tmp_path / name for name in ("report.html", "metrics.json", "metrics.csv"))
+    outputs = "--report", report, "--json", table, "--csv", rows
+    assert run_main("evaluate", small_bundle, "--data", data.parent, *outputs) == 0
+    printed = capsys.readouterr().out
+    assert "good rejected: " in printed and "defects missed: " in printed
+    assert "n/a" in printed and "no pixel metrics: gear: 5 defective images without a mask" in printed
+    (gear,), facts = (json.loads(table.read_text())[name] for name in ("products", "facts"))
+    assert facts["defects missed"].endswith(" of 5") and facts["good rejected"].endswith(" of 2")
+    assert 0 <= gear["image_auroc"] <= 1 and gear["pixel_auroc"] is gear["aupro"] is gear["mad"] is None
+    assert rows.read_text().splitlines()[1].endswith(",,,,,")
+    assert "n/a" in report.read_text() and "5 defective images without a mask" in report.read_text()
+
+
 def test_predict_prints_a_line_an_image_and_counts_every_one(bundle, small_run, tmp_path, capsys):
     folder = tmp_path / "images"
     shutil.copytree(small_run.data / "gear" / "test" / "good", folder)

@@ -1,11 +1,16 @@
 """Scores of many images, evaluation of runs and bundles, calibration from predictions."""
 
+import shutil
 from collections import Counter
+from dataclasses import replace
+from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 
-from omniad_edge.bundle import read_bundle
+from omniad_edge import Detector
+from omniad_edge.bundle import read_bundle, set_thresholds
 from omniad_edge.data import Images, Sample, find_samples, load_images, load_masks
 from omniad_edge.errors import BundleError, CalibrationError, DataError, InputError
 from omniad_edge.evaluate import (
@@ -15,11 +20,16 @@ from omniad_edge.evaluate import (
     evaluate,
     evaluate_model,
     first_calibrations,
+    good_samples,
     held_out_samples,
+    judge,
+    mistakes,
     open_model,
     predict_images,
     report_evaluation,
 )
+from omniad_edge.image import read_image
+from omniad_edge.metrics import mean_metrics
 from omniad_edge.weights import load_checkpoint
 
 
@@ -100,9 +110,26 @@ def test_perfect_maps_have_perfect_metrics(small_run):
     assert worst.image_auroc == worst.pixel_auroc == 0
 
 
-def test_a_defect_without_a_mask_cannot_be_evaluated(rng):
-    with pytest.raises(DataError, match=r"1\.png: this image with a defect \(dent\) has no mask"):
-        evaluate(made_up(rng, ["nut", "nut"], ["good", "dent"]))
+@pytest.mark.parametrize("published", [False, True])
+def test_a_product_that_lacks_a_mask_has_the_metrics_of_images_only(small_run, published):
+    samples = find_samples(small_run.data, "test")
+    lacking = next(i for i, sample in enumerate(samples) if sample.product == "cap" and not sample.is_good)
+    masks = load_masks(samples, 64, 64).astype(np.float32)  # as maps: perfect ones
+    samples[lacking] = replace(samples[lacking], mask_path=None)
+    predictions = Predictions(load_images(samples, 64, 64), masks, masks.max((1, 2)))
+    metrics = {one.product: one for one in evaluate(predictions, published)}
+    assert all(one.image_auroc == one.image_ap == one.image_f1_max == 1 for one in metrics.values())
+    of_pixels = ("pixel_auroc", "pixel_ap", "pixel_f1_max", "aupro", "mad")
+    assert all(np.isnan(getattr(metrics["cap"], name)) for name in of_pixels)
+    assert metrics["board"].pixel_auroc == metrics["gear"].pixel_auroc == 1
+    assert mean_metrics([*metrics.values()]).pixel_auroc == 1
+
+
+def test_a_mask_that_cannot_be_read_stops_the_evaluation(rng):
+    predictions = made_up(rng, ["nut", "nut"], ["good", "dent"])
+    predictions.images.samples[1] = Sample("1.png", "nut", "dent", Path("gone.png"))
+    with pytest.raises(DataError, match=r"mask of 1\.png: .*gone\.png"):
+        evaluate(predictions)
 
 
 # ---- the images that training held out
@@ -111,7 +138,7 @@ def test_a_defect_without_a_mask_cannot_be_evaluated(rng):
 def test_held_out_images_are_found(small_run):
     _, facts = load_checkpoint(small_run.folder / "model.safetensors")
     assert len(facts["holdout"]) == 3
-    samples = held_out_samples(small_run.data, facts["holdout"])
+    samples = held_out_samples(good_samples(small_run.data, facts), small_run.data, facts["holdout"])
     assert [s.path.relative_to(small_run.data).as_posix() for s in samples] == sorted(facts["holdout"])
 
 
@@ -119,15 +146,17 @@ def test_a_product_without_held_out_images_gives_all_it_has(small_run):
     """Training holds none out of a product with a single image; the bundle needs its threshold all the same."""
     _, facts = load_checkpoint(small_run.folder / "model.safetensors")
     without_cap = [name for name in facts["holdout"] if not name.startswith("cap/")]
-    counts = Counter(sample.product for sample in held_out_samples(small_run.data, without_cap))
+    samples = good_samples(small_run.data, facts)
+    counts = Counter(sample.product for sample in held_out_samples(samples, small_run.data, without_cap))
     assert counts == {"board": 1, "cap": 4, "gear": 1}
-    assert len(held_out_samples(small_run.data, [])) == 12
+    assert held_out_samples(samples, small_run.data, []) == samples and len(samples) == 12
 
 
 def test_thresholds_from_images_that_were_trained_on_promise_nothing(small_run):
     _, facts = load_checkpoint(small_run.folder / "model.safetensors")
     without_cap = [name for name in facts["holdout"] if not name.startswith("cap/")]
-    images = load_images(held_out_samples(small_run.data, without_cap), 64, 64)
+    samples = held_out_samples(good_samples(small_run.data, facts), small_run.data, without_cap)
+    images = load_images(samples, 64, 64)
     n = len(images.pixels)
     predictions = Predictions(images, np.zeros((n, 64, 64), np.float32), np.linspace(1, 2, n))
     made = first_calibrations(predictions, small_run.data, without_cap)
@@ -140,10 +169,11 @@ def test_thresholds_from_images_that_were_trained_on_promise_nothing(small_run):
 
 
 def test_held_out_images_that_are_gone(small_run, tmp_path):
+    samples, holdout = good_samples(small_run.data, {}), ["cap/train/good/000.png", "cap/train/good/gone.png"]
     with pytest.raises(DataError, match=r"1 of the 2 images held out of training are not there; .* with --data"):
-        held_out_samples(small_run.data, ["cap/train/good/000.png", "cap/train/good/gone.png"])
+        held_out_samples(samples, small_run.data, holdout)
     with pytest.raises(DataError, match=r"moved: the data set that was trained on is not there; .* with --data"):
-        held_out_samples(tmp_path / "moved", [])
+        good_samples(tmp_path / "moved", {})
 
 
 # ---- runs and bundles
@@ -169,6 +199,41 @@ def test_evaluation_of_a_bundle_and_its_report(small_run, small_bundle, tmp_path
     text = (tmp_path / "report.html").read_text()
     assert all(product in text for product in ("board", "cap", "gear"))
     assert evaluate_model(small_bundle, small_run.data, published=True).facts != evaluation.facts
+
+
+def test_verdicts_are_those_of_a_detector_that_is_asked_for_the_product(small_run, bundle, tmp_path, rng):
+    gear, cap, test = small_run.data / "gear", small_run.data / "cap", tmp_path / "data" / "gear" / "test"
+    shutil.copytree(gear / "train" / "good", tmp_path / "data" / "gear" / "good")
+    shutil.copytree(gear / "test" / "good", test / "good")
+    shutil.copytree(cap / "test" / "good", test / "mixed up")
+    shutil.copy(cap / "train" / "good" / "000.png", test / "good" / "mixed up.png")
+    (test / "no part").mkdir()
+    cv2.imwrite(str(test / "no part" / "0.png"), rng.integers(0, 256, (72, 72, 3), dtype=np.uint8))
+    high = read_bundle(bundle).products["gear"].with_threshold(100)  # no score says anything
+    set_thresholds(bundle, {"gear": high}, "by hand")
+    evaluation, detector = evaluate_model(bundle, tmp_path / "data"), Detector(bundle)
+    samples = evaluation.predictions.images.samples
+    assert evaluation.pred_labels == [detector(read_image(s.path), "gear").pred_label for s in samples]
+    assert [s.kind for s in samples] == ["good"] * 3 + ["mixed up"] * 2 + ["no part"]
+    assert evaluation.pred_labels == ["good"] * 2 + ["wrong product"] * 3 + ["unknown product"]
+    assert (evaluation.facts["defects missed"], evaluation.facts["good rejected"]) == ("0 of 3", "1 of 3")
+    report_evaluation(tmp_path / "report.html", "title", evaluation)
+    text = (tmp_path / "report.html").read_text()
+    assert "<td>0 of 3 (0.0 %)</td><td>1 of 3 (33.3 %)</td>" in text and ">MISS<" not in text
+    assert '<span class="mark">FALSE REJECT</span> good, verdict wrong product' in text
+
+
+def test_scores_are_judged_as_a_detector_does(rng):
+    predictions = made_up(rng, ["nut", "nut", "bolt"], ["good", "dent", "good"])
+    # 0.3 is not a float32; the score nearest to it is above it, and NumPy alone would call the two equal.
+    predictions.pred_scores[:] = 0.3
+    nut = calibrate_products(predictions)["nut"].with_threshold(0.3)
+    labels = judge(predictions, {"nut": nut}, None)
+    assert labels == ["defective", "defective", ""]
+    assert mistakes(predictions, labels) == {"defects missed": "0 of 1", "good rejected": "1 of 1"}
+    nut = nut.with_threshold(float(np.float32(0.3)))
+    assert judge(predictions, {"nut": nut}, None) == ["good", "good", ""]
+    assert mistakes(predictions, ["", "", ""]) == {}
 
 
 def test_what_cannot_be_evaluated(small_run, small_bundle, tmp_path):

@@ -6,8 +6,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
+from omniad_edge import pretrain as pretrain_module
 from omniad_edge.backbone import ResNet
-from omniad_edge.errors import BundleError, InputError
+from omniad_edge.errors import BundleError, InputError, TrainingError
 from omniad_edge.model import initialise
 from omniad_edge.pictures import CHANGES, alter_picture, draw_change, draw_picture
 from omniad_edge.pretrain import at, contrast, grow, movements, pretrain, view
@@ -91,6 +92,33 @@ def test_a_backbone_of_other_blocks_is_refused_as_a_start(tmp_path):
         grow(ResNet("resnet34"), read_tensors(tmp_path / "r50.safetensors"))
 
 
+@pytest.mark.parametrize(
+    ("kept", "said"),
+    [
+        (lambda name: name.startswith("layer1.0."), "conv1.weight"),
+        (lambda name: name != "layer2.0.downsample.0.weight", r"1 \(layer2\.0\.downsample\.0\.weight\) missing"),
+        (lambda name: name != "layer3.1.bn2.bias", r"1 \(layer3\.1\.bn2\.bias\) missing"),
+        (lambda name: False, "missing"),
+    ],
+    ids=["one block", "part of a first block", "part of another", "nothing"],
+)
+def test_a_start_that_leaves_parts_at_random_is_refused(kept, said):
+    tensors = {name: t for name, t in ResNet("resnet18").state_dict().items() if kept(name)}
+    with pytest.raises(BundleError, match=rf"smaller ResNet of the same kind; none do not fit, .*{said}"):
+        grow(ResNet("resnet34"), tensors)
+
+
+@pytest.mark.parametrize(
+    "spoil", [lambda x: x * torch.nan, lambda x: x + (x.detach() * 0 * x).sqrt()], ids=["loss", "gradient"]
+)
+def test_a_loss_that_is_not_finite_writes_nothing(tmp_path, monkeypatch, spoil):
+    loss = pretrain_module.contrastive_loss
+    monkeypatch.setattr(pretrain_module, "contrastive_loss", lambda *arguments: spoil(loss(*arguments)))
+    with pytest.raises(TrainingError, match="not finite in step 1 of 1; nothing was written"):
+        pretrain(tmp_path / "x.safetensors", steps=1, pictures=8, batch_size=2)
+    assert not list(tmp_path.iterdir())
+
+
 def test_pretrain_writes_a_backbone_that_loads_and_repeats(tmp_path):
     steps = []
     for name in ("a", "b"):
@@ -110,6 +138,8 @@ def test_pretrain_writes_a_backbone_that_loads_and_repeats(tmp_path):
         ({"backbone": "vgg"}, "resnet18"),
         ({"steps": 0}, "at least 1"),
         ({"pictures": 0}, "pictures: expected at least 1"),
+        ({"seed": -1}, "seed: expected a whole number from 0 on; got -1"),
+        ({"seed": 10**23}, f"seed: expected a whole number from 0 to {2**63 - 1}"),
     ],
 )
 def test_bad_arguments(arguments, said, tmp_path):

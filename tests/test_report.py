@@ -56,9 +56,16 @@ class Page(HTMLParser):
             self.words.append(data)
 
 
-def a_case(kind, score, threshold=0.5, product="screw", path="", size=(40, 60)):
+def a_case(kind, score, threshold=0.5, product="screw", path="", size=(40, 60), label=""):
     image = np.full((*size, 3), (200, 100, 50), np.uint8)
-    return Case(image, image[..., ::-1].copy(), product, kind, score, threshold, path or f"{kind}/{score}.png")
+    label = label or ("defective" if score > threshold else "good")
+    overlay = image[..., ::-1].copy()
+    return Case(image, overlay, product, kind, score, threshold, path or f"{kind}/{score}.png", label)
+
+
+def scores_of(product, scores, labels, threshold):
+    """All of them judged by the score."""
+    return ProductScores(product, scores, labels, threshold, np.asarray(scores) > threshold)
 
 
 def read(path):
@@ -69,7 +76,7 @@ def read(path):
 @pytest.fixture
 def scored(rng):
     labels = np.arange(60) >= 20
-    return ProductScores("screw", (rng.normal(0.45, 0.1, 60) + 0.1 * labels).astype(np.float32), labels, 0.5)
+    return scores_of("screw", (rng.normal(0.45, 0.1, 60) + 0.1 * labels).astype(np.float32), labels, 0.5)
 
 
 def test_report_stands_alone(tmp_path, scored):
@@ -101,15 +108,12 @@ def test_links_lead_to_their_product(tmp_path, scored):
     assert [a["id"] for _, a in page.tags if "id" in a] == ["product-0", "product-1"]
 
 
-def test_verdicts_are_counted_as_the_detector_judges(tmp_path):
-    # 0.3 is not a float32; the score nearest to it is above it, and NumPy alone would call the two equal.
-    scores = np.array([0.1, 0.3, 0.3, 0.9], np.float32)
-    product = ProductScores("screw", scores, np.array([False, False, True, True]), 0.3)
+def test_verdicts_are_counted_as_they_were_given(tmp_path):
+    scores, labels = np.array([0.1, 0.2, 0.1, 0.2, 0.9]), np.array([False, False, True, True, True])
+    rejected = np.array([False, True, False, True, True])  # two of them not for their score
+    product = ProductScores("screw", scores, labels, 0.3, rejected)
     write_report(tmp_path / "r.html", "t", {}, [SCREW], [product])
-    assert "screw 0.3000 0 of 2 (0.0 %) 1 of 2 (50.0 %)" in read(tmp_path / "r.html")[1].text
-    at_threshold = ProductScores("screw", scores, product.labels, float(scores[1]))
-    write_report(tmp_path / "r.html", "t", {}, [SCREW], [at_threshold])
-    assert "screw 0.3000 1 of 2 (50.0 %) 0 of 2 (0.0 %)" in read(tmp_path / "r.html")[1].text
+    assert "screw 0.3000 1 of 3 (33.3 %) 1 of 2 (50.0 %)" in read(tmp_path / "r.html")[1].text
 
 
 def test_the_worst_come_first_and_are_marked(tmp_path):
@@ -134,12 +138,15 @@ def test_the_worst_come_first_and_are_marked(tmp_path):
     assert "MISS dent, verdict good score 0.1000 = 0.20 × threshold 0.5000" in page.text
     assert "FALSE REJECT good, verdict defective score 0.8000 = 1.60 × threshold 0.5000" in page.text
     assert "correct good, verdict good" in page.text
+    wrong = a_case("mixed up", 0.1, label="wrong product")
+    write_report(tmp_path / "r.html", "t", {}, [SCREW], cases=[wrong])
+    assert "correct mixed up, verdict wrong product score 0.1000" in read(tmp_path / "r.html")[1].text
     assert "white outline: mask" in page.text
 
 
 def test_groups_say_how_many_there_are_in_all(tmp_path):
     scores = np.array([0.6, 0.7, 0.1, 0.2, 0.3, 0.9])
-    product = ProductScores("screw", scores, np.array([False, False, True, True, True, True]), 0.5)
+    product = scores_of("screw", scores, np.array([False, False, True, True, True, True]), 0.5)
     cases = [a_case("good", 0.7), a_case("dent", 0.1), a_case("dent", 0.2), a_case("dent", 0.9)]
     write_report(tmp_path / "r.html", "t", {}, [SCREW], [product], cases)
     text = read(tmp_path / "r.html")[1].text
@@ -169,7 +176,7 @@ def test_odd_pictures_do_not_stop_the_report(tmp_path, size):
 def test_every_text_is_escaped(tmp_path):
     bad = '<script>alert("x")</script>&\''
     product = ProductMetrics(bad, 1, 1, *[0.5] * 7)
-    scores = ProductScores(bad, np.array([0.1, 0.9]), np.array([False, True]), 0.5)
+    scores = scores_of(bad, np.array([0.1, 0.9]), np.array([False, True]), 0.5)
     case = a_case(bad, 0.4, product=bad, path=bad)
     write_report(tmp_path / "r.html", bad, {bad: bad}, [product, TILE], [scores], [case], {bad: bad})
     html, page = read(tmp_path / "r.html")
@@ -206,7 +213,7 @@ def test_cases_without_a_positive_threshold_have_no_ratio(tmp_path):
     ],
 )
 def test_charts_of_odd_scores_stay_in_their_frame(tmp_path, scores, labels):
-    product = ProductScores("screw", np.array(scores), np.array(labels, bool), 0.3)
+    product = scores_of("screw", np.array(scores), np.array(labels, bool), 0.3)
     write_report(tmp_path / "r.html", "t", {}, [SCREW], [product])
     html, page = read(tmp_path / "r.html")
     assert not re.search(r'="[^"]*(nan|inf)', html)
@@ -274,9 +281,9 @@ def test_a_failure_keeps_the_old_report(tmp_path, monkeypatch):
 def test_pictures_of_another_kind_are_refused(picture):
     right = np.zeros((4, 4, 3), np.uint8)
     with pytest.raises(InputError, match=r"a\.png: image: expected uint8 \(H, W, 3\)"):
-        Case(picture, right, "screw", "good", 0.1, 0.5, "a.png")
+        Case(picture, right, "screw", "good", 0.1, 0.5, "a.png", "good")
     with pytest.raises(InputError, match=r"a\.png: overlay: expected uint8 \(H, W, 3\)"):
-        Case(right, picture, "screw", "good", 0.1, 0.5, "a.png")
+        Case(right, picture, "screw", "good", 0.1, 0.5, "a.png", "good")
 
 
 def test_numbers_that_are_not_finite_are_refused():
@@ -285,31 +292,28 @@ def test_numbers_that_are_not_finite_are_refused():
     with pytest.raises(InputError, match="finite"):
         a_case("good", 0.1, threshold=float("inf"))
     with pytest.raises(InputError, match="finite"):
-        ProductScores("screw", np.array([0.1, NAN]), np.array([False, True]), 0.5)
+        scores_of("screw", np.array([0.1, NAN]), np.array([False, True]), 0.5)
     with pytest.raises(InputError, match=r"screw: threshold.*finite"):
-        ProductScores("screw", np.array([0.1, 0.2]), np.array([False, True]), NAN)
+        scores_of("screw", np.array([0.1, 0.2]), np.array([False, True]), NAN)
     with pytest.raises(InputError, match="bool"):
-        ProductScores("screw", np.array([0.1, 0.2]), np.array([0, 1]), 0.5)
-
-
-def test_a_case_judges_as_the_detector_does():
-    score = np.float32(0.3)  # above 0.3 in float64, equal to it in float32
-    assert a_case("dent", score, threshold=0.3).mark == "correct"
-    assert a_case("good", score, threshold=0.3).mark == "FALSE REJECT"
-    assert a_case("good", 0.3, threshold=0.3).mark == "correct"
-    assert a_case("dent", 0.3, threshold=0.3).mark == "MISS"
+        scores_of("screw", np.array([0.1, 0.2]), np.array([0, 1]), 0.5)
+    with pytest.raises(InputError, match="one shape"):
+        ProductScores("screw", np.array([0.1, 0.2]), np.array([False, True]), 0.5, np.array([True]))
 
 
 def test_chosen_cases_are_the_mistakes_and_one_of_each_kind():
     kinds = ["good"] * 5 + ["dent"] * 5 + ["bent"]
     scores = [0.6, 0.1, 0.2, 0.3, 0.9, 0.5, 0.4, 0.7, 0.8, 0.9, 0.1]
-    assert choose_cases(kinds, scores, 0.5, per_group=2) == [10, 6, 4, 0, 8, 2]
-    assert choose_cases(kinds, scores, 0.5) == [10, 6, 5, 4, 0, 8, 2]
-    assert choose_cases([], [], 0.5) == []
-    with pytest.raises(InputError, match="one kind and score"):
-        choose_cases(kinds, scores[:-1], 0.5)
+    rejected = [score > 0.5 for score in scores]
+    assert choose_cases(kinds, scores, rejected, per_group=2) == [10, 6, 4, 0, 8, 2]
+    assert choose_cases(kinds, scores, rejected) == [10, 6, 5, 4, 0, 8, 2]
+    assert choose_cases([], [], []) == []
+    rejected[10], rejected[2] = True, True  # whatever the score
+    assert choose_cases(kinds, scores, rejected) == [6, 5, 4, 0, 2, 10, 8, 3]
+    with pytest.raises(InputError, match=r"one kind, score and verdict an image, got 11, 10 and 11"):
+        choose_cases(kinds, scores[:-1], rejected)
     with pytest.raises(InputError, match="finite"):
-        choose_cases(["good"], [NAN], 0.5)
+        choose_cases(["good"], [NAN], [True])
 
 
 def test_metrics_json_is_strict_and_complete(tmp_path):

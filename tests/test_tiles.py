@@ -1,8 +1,9 @@
 """Tiles: cut so that they cover everything, merged without a seam, and the same from training to the line."""
 
 import json
+import random
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice, pairwise
 from pathlib import Path
@@ -23,12 +24,13 @@ from omniad_edge.engine import OnnxRuntimeEngine, TiledEngine
 from omniad_edge.errors import BundleError, ExportError, InputError
 from omniad_edge.evaluate import calibrate_bundle, evaluate_model, open_model, predict_images
 from omniad_edge.export import bundle_export
-from omniad_edge.export.bundle_export import candidates, export_bundle
+from omniad_edge.export.bundle_export import candidates, export_bundle, fit_products
 from omniad_edge.export.fused_parts import self_test
 from omniad_edge.export.triton_repository import write_triton_repository
 from omniad_edge.image import read_image
 from omniad_edge.model import ModelConfig, OmniAD
 from omniad_edge.preprocess import resize
+from omniad_edge.recognition import LIGHT_COPIES, fit, other_light
 from omniad_edge.self_test import SELF_TEST, read_self_test
 from omniad_edge.tiles import Tiling, overlap, starts, weights
 from omniad_edge.train import Trainer, train
@@ -235,6 +237,24 @@ def test_the_detector_merges_what_the_network_finds(tiled):
     assert result.pred_mask.shape == (96, 64) and result.draw(frame).shape == frame.shape
     together = detector([frame, frame[::-1]])
     assert (together[0].anomaly_map == result.anomaly_map).all()  # whatever is beside it
+
+
+def test_products_are_fitted_to_an_image_and_a_few_tiles_at_a_time(data, monkeypatch):
+    torch.manual_seed(0)
+    model, samples = OmniAD(replace(TILED, tiles=(160, 160))), find_samples(data, "train")
+    tiling, embed, tiles, read = model.config.tiling, model.embed, [], []
+    monkeypatch.setattr(model, "embed", lambda pixels: tiles.append(len(pixels)) or embed(pixels))
+    monkeypatch.setattr(
+        bundle_export, "load_images", lambda some, *s: read.append(len(some)) or load_images(some, *s)
+    )
+    space = fit_products(model, samples, samples[:1])
+    assert (tiling.count, {*tiles}, read) == (16, {8}, [1, 1, 1])
+    chosen = random.Random(0).sample(samples[1:], 3)
+    images, rng = load_images(chosen, *tiling.size).pixels, np.random.default_rng(0)
+    copies = [other_light(image, rng) for image in images for _ in range(LIGHT_COPIES)]
+    together = fit({"gear": np.stack([embed(tiling.cut(image)).mean(0) for image in (*images, *copies)])})
+    np.testing.assert_allclose(space.centre, together.centre, rtol=1e-5)
+    np.testing.assert_allclose(space.whitening, together.whitening, rtol=1e-3, atol=1e-3)
 
 
 def test_evaluation_and_calibration_see_tiles_too(tiled, small_run, tmp_path):

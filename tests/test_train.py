@@ -239,6 +239,33 @@ def test_memory_is_checked_before_it_is_taken(data, tmp_path, monkeypatch):
     assert training_images.free_memory_bytes.__name__ == "<lambda>" and not list(tmp_path.iterdir())
 
 
+def raised_by_torch(loss) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+@pytest.mark.parametrize(
+    "take",
+    [lambda loss: torch.empty(1 << 50), lambda loss: np.empty(1 << 50), raised_by_torch],
+    ids=["CPU", "NumPy", "CUDA"],
+)
+def test_memory_that_runs_out_is_told_with_what_to_change(data, tmp_path, monkeypatch, take):
+    monkeypatch.setattr(train_module, "reconstruction_loss", bad_loss(1, take))
+    said = r"out of memory with batches of 4 at 64x64: use a smaller batch size, .* \(.*allocate"
+    with pytest.raises(TrainingError, match=said) as raised:
+        tiny_run(data, tmp_path)
+    assert "\n" not in str(raised.value)
+
+
+def test_other_errors_of_torch_are_not_taken_for_memory(data, tmp_path, monkeypatch):
+    monkeypatch.setattr(train_module, "reconstruction_loss", bad_loss(1, lambda loss: loss.view(7, 7)))
+    with pytest.raises(RuntimeError, match="shape"):
+        tiny_run(data, tmp_path)
+
+
+def test_the_largest_seed_trains(data, tmp_path):
+    tiny_run(data, tmp_path, epochs=1, seed=2**63 - 1)
+
+
 def test_free_memory_is_plausible():
     free = training_images.free_memory_bytes()
     assert free is None or 1 << 20 < free < 1 << 50
@@ -251,6 +278,7 @@ def test_free_memory_is_plausible():
         ({"batch_size": 2.5}, "batch_size: .* got 2.5"),
         ({"validate_every": -1}, "validate_every"),
         ({"seed": -1}, "seed"),
+        ({"seed": 2**63}, f"seed: expected a whole number from 0 to {2**63 - 1}; got {2**63}"),
         ({"holdout": 1.0}, "holdout: expected a part"),
         ({"holdout": float("nan")}, "holdout"),
         ({"device": "tpu"}, "device: expected"),
