@@ -164,8 +164,8 @@ def calibration_samples(data: Path, held_out: list[Sample]) -> list[Sample]:
     """Good images of all products for the ranges of 8 bits. Trained on: thresholds come from the held out ones."""
     samples = find_samples(data, "train")
     samples = [sample for sample in samples if sample not in held_out] or samples
-    step = max(1, len(samples) // CALIBRATION_IMAGES)
-    return samples[::step][:CALIBRATION_IMAGES]
+    spread = np.linspace(0, len(samples) - 1, min(len(samples), CALIBRATION_IMAGES)).astype(int)
+    return [samples[index] for index in spread]  # sorted by product: each is seen as much
 
 
 def calibration_pixels(samples: list[Sample], tiling: Tiling) -> np.ndarray:

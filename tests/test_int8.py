@@ -2,6 +2,7 @@
 
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,11 +17,16 @@ from test_parity import predictions
 from omniad_edge import Detector, native
 from omniad_edge.bundle import Bundle, read_bundle, write_bundle
 from omniad_edge.cli import main
-from omniad_edge.data import find_samples, load_images
+from omniad_edge.data import Sample, find_samples, load_images
 from omniad_edge.engine import OnnxRuntimeEngine, open_engine
 from omniad_edge.errors import BundleError, EngineError, ExportError, MissingDependencyError
 from omniad_edge.export import bundle_export, parity
-from omniad_edge.export.bundle_export import calibration_samples, check_measurable, export_bundle
+from omniad_edge.export.bundle_export import (
+    CALIBRATION_IMAGES,
+    calibration_samples,
+    check_measurable,
+    export_bundle,
+)
 from omniad_edge.export.parity import DETECTION_LIMITS, DetectionLimits, compare, detection_loss
 from omniad_edge.plan_cache import default_cache_dir
 from omniad_edge.self_test import MAX_MAP_ERROR, read_self_test
@@ -122,6 +128,16 @@ def test_ranges_are_of_images_that_were_trained_on(small_run):
     chosen = calibration_samples(small_run.data, samples[::4])
     assert not {*chosen} & {*samples[::4]} and {s.product for s in chosen} == {"board", "cap", "gear"}
     assert calibration_samples(small_run.data, samples) == samples  # none was held out
+
+
+@pytest.mark.parametrize("each", [30, 47, 500])
+def test_ranges_are_of_every_product_alike(monkeypatch, tmp_path, each):
+    products = "board", "cap", "gear"
+    samples = [Sample(Path(f"{product}/{i}.png"), product, "good") for product in products for i in range(each)]
+    monkeypatch.setattr(bundle_export, "find_samples", lambda data, split: samples)
+    chosen = calibration_samples(tmp_path, [])
+    assert Counter(sample.product for sample in chosen) == dict.fromkeys(products, CALIBRATION_IMAGES // 3)
+    assert len({*chosen}) == CALIBRATION_IMAGES
 
 
 # ---- engines
