@@ -41,6 +41,8 @@ FITTED_IMAGES = 50  # of each product, for recognising it
 IMAGES_PER_KIND = 32  # of each product, good and defective, that the gate looks at
 CALIBRATION_IMAGES = 48  # that show which range each tensor has
 
+Calibrated = tuple[dict[str, Calibration], dict[str, ProductLimit]]  # first thresholds and limits per product
+
 
 @dataclass(frozen=True)
 class ExportReport:
@@ -101,20 +103,22 @@ def export_bundle(
         ranges = activation_ranges(network, calibration_pixels(calibration_samples(data, good), config.tiling))
         parts |= {f"graphs/{name}.onnx": build_quantised_graph(network, name, fp16, ranges) for name in graphs}
 
-    def calibrate(predictions: Predictions) -> dict[str, Calibration]:
-        return first_calibrations(good_only(first(predictions, len(good))), data, facts["holdout"])
-
     space = fit_products(model, data, good)
     parts[RECOGNITION] = space.to_bytes()
+
+    def calibrate(predictions: Predictions) -> Calibrated:
+        held_out = good_only(first(predictions, len(good)))
+        calibrations = first_calibrations(held_out, data, facts["holdout"])
+        used = set(calibrations) - held_out_products(held_out, data, facts["holdout"])
+        return calibrations, product_limits(held_out, space, used)
+
     engines, reference, predictions, quantised = pass_gate(model, images, parts, space, calibrate, report)
     if fp16:
         parts[SELF_TEST] = self_test(reference, model)
     if targets:
         parts |= fused_parts(network, targets, progress)
-    held_out = good_only(first(predictions, len(good)))
-    calibrations = calibrate(predictions)
-    used = set(calibrations) - held_out_products(held_out, data, facts["holdout"])
-    limits = product_limits(held_out, space, used)
+    calibrations, limits = calibrate(predictions)
+    of_graphs = {name: quantised[f"onnxruntime {name}"] for name in graphs}
     manifest = {
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "versions": versions(),
@@ -123,8 +127,9 @@ def export_bundle(
         "input": describe_input(config.tiling),
         "outputs": ["anomaly_map", "pred_score", "embedding"],
         "products": entries(calibrations),
-        "quantised": {name: entries(quantised[f"onnxruntime {name}"]) for name in graphs},
-        "recognition": {product: asdict(limit) for product, limit in limits.items()},
+        "quantised": {name: entries(made) for name, (made, _) in of_graphs.items()},
+        "recognition": limit_entries(limits),
+        "quantised_recognition": {name: limit_entries(made) for name, (_, made) in of_graphs.items()},
         "parity": {"engines": engines},
         "trained_on": facts["trained_on"],
         "history": [],
@@ -136,6 +141,10 @@ def export_bundle(
 
 def entries(calibrations: dict[str, Calibration]) -> dict[str, dict]:
     return {product: calibration.to_dict() for product, calibration in calibrations.items()}
+
+
+def limit_entries(limits: dict[str, ProductLimit]) -> dict[str, dict]:
+    return {product: asdict(limit) for product, limit in limits.items()}
 
 
 def fit_products(model: OmniAD, data: Path, held_out: list[Sample]) -> ProductSpace:
@@ -204,9 +213,9 @@ def pass_gate(
     images: Images,
     parts: dict[str, bytes],
     space: ProductSpace,
-    calibrate: Callable[[Predictions], dict[str, Calibration]],
+    calibrate: Callable[[Predictions], Calibrated],
     report: Callable[[str, dict], None] | None,
-) -> tuple[dict[str, dict], Predictions, Predictions, dict[str, dict[str, Calibration]]]:
+) -> tuple[dict[str, dict], Predictions, Predictions, dict[str, Calibrated]]:
     """Reports of all engines; the predictions of the trained network and of the default engine, ONNX Runtime; and
     what `calibrate` makes of those of each engine in 8 bits."""
     tiling = model.config.tiling
