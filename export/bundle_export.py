@@ -24,13 +24,14 @@ from ..evaluate import (
     predict_images,
     product_limits,
 )
+from ..files import file_sha256
 from ..kernels.fold import fold
 from ..model import OmniAD
 from ..recognition import LIGHT_COPIES, RECOGNITION, ProductLimit, ProductSpace, fit, other_light
 from ..self_test import SELF_TEST
 from ..tiles import Tiling
 from ..versions import versions
-from ..weights import load_run
+from ..weights import checkpoint_of, load_run
 from .cubins import check_targets
 from .fused_parts import fused_parts, self_test
 from .onnx_graph import build_graph, weights_message
@@ -132,6 +133,7 @@ def export_bundle(
         "quantised_recognition": {name: limit_entries(made) for name, (_, made) in of_graphs.items()},
         "parity": {"engines": engines},
         "trained_on": facts["trained_on"],
+        "checkpoint": file_sha256(checkpoint_of(run)),
         "history": [],
     }
     out = Path(out)

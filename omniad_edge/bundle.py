@@ -149,8 +149,10 @@ def write_bundle(path: str | Path, manifest: dict, parts: dict[str, bytes]) -> N
 
     manifest: created, versions, model, precision, input, outputs, products, recognition, parity, trained_on,
     history, and where there are such graphs quantised: graph -> products with the thresholds for its scores, and
-    quantised_recognition: graph -> products with the limits for its embeddings;
-    its format, schema and parts are filled in here. parts: name (letters, digits, `_.-/`) -> content.
+    quantised_recognition: graph -> products with the limits for its embeddings; of a training run also checkpoint,
+    the SHA-256 of its file; its format, schema and parts are filled in here.
+    parts: name (letters, digits, `_.-/`) -> content.
+
     The same content gives the same bytes. Raises BundleError if a reader would refuse the result, or if
     it cannot be written.
     """
@@ -400,6 +402,9 @@ def _check_manifest(manifest: dict) -> None:
     _check_graphs(manifest, "quantised_recognition", "recognition", ProductLimit.from_dict)
     for digest in manifest["trained_on"]:
         _expect(_matches(IMAGE_DIGEST, digest), "trained_on must be digests of 16 hex digits", digest)
+    if "checkpoint" in manifest:
+        described = _matches(SHA256, manifest["checkpoint"])
+        _expect(described, "checkpoint must be 64 hex digits", manifest["checkpoint"])
     for entry in manifest["history"]:
         _check_history(entry)
     for name, entry in manifest["parts"].items():
