@@ -43,7 +43,7 @@ from omniad_edge.model import PRESETS as CONFIGS
 from omniad_edge.model import OmniAD
 from omniad_edge.progress import say
 from omniad_edge.train import train
-from omniad_edge.weights import load_run
+from omniad_edge.weights import checkpoint_of, load_run
 
 SCHEMA = 1  # of the JSON
 HOLDOUT = 0.1  # as `omniad train`; the paper trains on all good images
@@ -157,7 +157,7 @@ def measure_run(path: Path, args: argparse.Namespace, samples: list[Sample], fir
         bundle, peers = args.bundle or Path(scratch, "line.omniad"), None
         engines, left_out = {}, {}
         if args.bundle:
-            engines, left_out = open_engines(bundle_of_run(bundle, network.config, run_facts), args.threads)
+            engines, left_out = open_engines(bundle_of_run(bundle, path), args.threads)
         elif not args.torch_only:
             engines, left_out = open_engines(exported(path, args.data, bundle), args.threads)
         if args.peers and first:
@@ -196,9 +196,8 @@ def time_methods(
     run: Path, bundle: Path, engines: dict[str, Engine], network: OmniAD, peers: Peers | None, threads: int
 ) -> list[dict]:
     """What one image takes, and what is stored for all products, of what a user can run."""
-    checkpoint = run / "model.safetensors" if run.is_dir() else run
     script, config = Path(__file__).with_name("one_image.py"), network.config
-    files = {REFERENCE: (checkpoint, "torch", "fp32")}
+    files = {REFERENCE: (checkpoint_of(run), "torch", "fp32")}
     for name, engine in engines.items():
         if name == f"{engine.backend} {engine.precision}":  # not a GPU's graph on the CPU
             files[name] = (bundle, engine.backend, engine.precision)

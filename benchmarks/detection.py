@@ -16,10 +16,12 @@ from omniad_edge.errors import InputError, OmniADError
 from omniad_edge.evaluate import Predict, Predictions, evaluate, predict_images
 from omniad_edge.export.bundle_export import export_bundle
 from omniad_edge.export.parity import verdict_flips
+from omniad_edge.files import file_sha256
 from omniad_edge.fused import device_architecture
 from omniad_edge.metrics import ProductMetrics, mean_metrics
 from omniad_edge.model import ModelConfig
 from omniad_edge.progress import say
+from omniad_edge.weights import checkpoint_of
 
 REFERENCE = "torch fp32"
 ENGINES = (
@@ -76,12 +78,17 @@ def exported(run: Path, data: Path, out: Path) -> Bundle:
     return read_bundle(out)
 
 
-def bundle_of_run(path: Path, config: ModelConfig, run_facts: dict) -> Bundle:
-    """A bundle that was exported before. Raises InputError if it is not this run's."""
+def bundle_of_run(path: Path, run: Path) -> Bundle:
+    """A bundle that was exported before. Raises InputError if it is not this run's, or does not say whose it is.
+
+    The checkpoint's digest tells: two runs on the same images may differ in their weights alone.
+    """
     bundle = read_bundle(path)
-    model = {name: bundle.manifest["model"].get(name) for name in config.to_dict()}
-    if model != config.to_dict() or bundle.manifest["trained_on"] != run_facts["trained_on"]:
-        raise InputError(f"{path}: expected the bundle of the run that is measured; it is of another")
+    made_of = bundle.manifest.get("checkpoint")
+    if made_of is None:
+        raise InputError(f"{path}: expected a bundle that names its run; it is from before that: export it again")
+    if made_of != file_sha256(checkpoint_of(run)):
+        raise InputError(f"{path}: expected the bundle of the run that is measured, {run}; it is of another")
     return bundle
 
 

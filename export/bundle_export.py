@@ -25,13 +25,14 @@ from ..evaluate import (
     predict_images,
     product_limits,
 )
+from ..files import file_sha256
 from ..kernels.fold import fold
 from ..model import OmniAD
 from ..recognition import LIGHT_COPIES, RECOGNITION, ProductLimit, ProductSpace, fit, other_light
 from ..self_test import SELF_TEST
 from ..tiles import AT_ONCE, Tiling
 from ..versions import versions
-from ..weights import load_run
+from ..weights import checkpoint_of, load_run
 from .cubins import check_targets
 from .fused_parts import fused_parts, self_test
 from .onnx_graph import build_graph, weights_message
@@ -41,6 +42,8 @@ from .quantised_graph import FORMATS, activation_ranges, build_quantised_graph
 FITTED_IMAGES = 50  # of each product, for recognising it
 IMAGES_PER_KIND = 32  # of each product, good and defective, that the gate looks at
 CALIBRATION_IMAGES = 48  # that show which range each tensor has
+
+Calibrated = tuple[dict[str, Calibration], dict[str, ProductLimit]]  # first thresholds and limits per product
 
 
 @dataclass(frozen=True)
@@ -103,20 +106,22 @@ def export_bundle(
         ranges = activation_ranges(network, calibration_pixels(calibration_samples(samples, good), config.tiling))
         parts |= {f"graphs/{name}.onnx": build_quantised_graph(network, name, fp16, ranges) for name in graphs}
 
-    def calibrate(predictions: Predictions) -> dict[str, Calibration]:
-        return first_calibrations(good_only(first(predictions, len(good))), data, facts["holdout"])
-
     space = fit_products(model, samples, good)
     parts[RECOGNITION] = space.to_bytes()
+
+    def calibrate(predictions: Predictions) -> Calibrated:
+        held_out = good_only(first(predictions, len(good)))
+        calibrations = first_calibrations(held_out, data, facts["holdout"])
+        used = set(calibrations) - held_out_products(held_out, data, facts["holdout"])
+        return calibrations, product_limits(held_out, space, used)
+
     engines, reference, predictions, quantised = pass_gate(model, images, parts, space, calibrate, report)
     if fp16:
         parts[SELF_TEST] = self_test(reference, model)
     if targets:
         parts |= fused_parts(network, targets, progress)
-    held_out = good_only(first(predictions, len(good)))
-    calibrations = calibrate(predictions)
-    used = set(calibrations) - held_out_products(held_out, data, facts["holdout"])
-    limits = product_limits(held_out, space, used)
+    calibrations, limits = calibrate(predictions)
+    of_graphs = {name: quantised[f"onnxruntime {name}"] for name in graphs}
     manifest = {
         "created": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "versions": versions(),
@@ -125,10 +130,12 @@ def export_bundle(
         "input": describe_input(config.tiling),
         "outputs": ["anomaly_map", "pred_score", "embedding"],
         "products": entries(calibrations),
-        "quantised": {name: entries(quantised[f"onnxruntime {name}"]) for name in graphs},
-        "recognition": {product: asdict(limit) for product, limit in limits.items()},
+        "quantised": {name: entries(made) for name, (made, _) in of_graphs.items()},
+        "recognition": limit_entries(limits),
+        "quantised_recognition": {name: limit_entries(made) for name, (_, made) in of_graphs.items()},
         "parity": {"engines": engines},
         "trained_on": facts["trained_on"],
+        "checkpoint": file_sha256(checkpoint_of(run)),
         "history": [],
     }
     out = Path(out)
@@ -138,6 +145,10 @@ def export_bundle(
 
 def entries(calibrations: dict[str, Calibration]) -> dict[str, dict]:
     return {product: calibration.to_dict() for product, calibration in calibrations.items()}
+
+
+def limit_entries(limits: dict[str, ProductLimit]) -> dict[str, dict]:
+    return {product: asdict(limit) for product, limit in limits.items()}
 
 
 def fit_products(model: OmniAD, samples: list[Sample], held_out: list[Sample]) -> ProductSpace:
@@ -173,8 +184,8 @@ def test_samples(data: Path) -> list[Sample]:
 def calibration_samples(samples: list[Sample], held_out: list[Sample]) -> list[Sample]:
     """Good images of all products for the ranges of 8 bits. Trained on: thresholds come from the held out ones."""
     samples = [sample for sample in samples if sample not in held_out] or samples
-    step = max(1, len(samples) // CALIBRATION_IMAGES)
-    return samples[::step][:CALIBRATION_IMAGES]
+    spread = np.linspace(0, len(samples) - 1, min(len(samples), CALIBRATION_IMAGES)).astype(int)
+    return [samples[index] for index in spread]  # sorted by product: each is seen as much
 
 
 def calibration_pixels(samples: list[Sample], tiling: Tiling) -> np.ndarray:
@@ -213,9 +224,9 @@ def pass_gate(
     images: Images,
     parts: dict[str, bytes],
     space: ProductSpace,
-    calibrate: Callable[[Predictions], dict[str, Calibration]],
+    calibrate: Callable[[Predictions], Calibrated],
     report: Callable[[str, dict], None] | None,
-) -> tuple[dict[str, dict], Predictions, Predictions, dict[str, dict[str, Calibration]]]:
+) -> tuple[dict[str, dict], Predictions, Predictions, dict[str, Calibrated]]:
     """Reports of all engines; the predictions of the trained network and of the default engine, ONNX Runtime; and
     what `calibrate` makes of those of each engine in 8 bits."""
     tiling = model.config.tiling

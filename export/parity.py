@@ -72,6 +72,8 @@ def compare(
     for predictions, whose in ((reference, "trained network's"), (engine, "engine's")):
         if not (np.isfinite(predictions.anomaly_maps).all() and np.isfinite(predictions.pred_scores).all()):
             return report | {"passed": False, "failures": [f"the {whose} anomaly map is not finite"]}
+        if predictions.embeddings is not None and not np.isfinite(predictions.embeddings).all():
+            return report | {"passed": False, "failures": [f"the {whose} embedding is not finite"]}
     measured = {
         "map_error": float(np.abs(engine.anomaly_maps - reference.anomaly_maps).max()),
         "score_error": score_error(reference, engine),
@@ -85,8 +87,10 @@ def compare(
     failures = [
         f"{name.replace('_', ' ')} is {measured[name]:.2g}, the limit is {limit:.2g}"
         for name, limit in limits.items()
-        if measured[name] is not None and measured[name] > limit
+        if measured[name] is not None and not measured[name] <= limit  # nan is beyond every limit
     ]
+    if reference.embeddings is not None and engine.embeddings is None:
+        failures.append("the engine gives no embedding, the trained network does")
     return report | {"measured": measured, "passed": not failures, "failures": failures}
 
 

@@ -118,7 +118,8 @@ class QuantisedOps(OnnxOps):
     ) -> Value:
         if x.channels == PIXEL_CHANNELS:
             return super().convolve(x, filters, weight, bias, like, **attributes)
-        x, filters = self.activation(x), self.channels(filters, weight, axis=0)
+        x = self.activation(x)
+        filters = self.channels(filters, weight, axis=0, bias=bias, times=x)
         biases = [] if bias is None else [self.bias(bias, x, filters)]
         return self.emit("Conv", x, filters, *biases, like=like, **attributes)
 
@@ -144,11 +145,15 @@ class QuantisedOps(OnnxOps):
         scale = self.positive((high - low) / self.form.steps, x)
         return self.rounded(x, scale, np.round(-low / scale), self.form.type)
 
-    def channels(self, x: Value, weight: Array, axis: int) -> Value:
-        """x: `weight` (outputs, ...) as a value, with its outputs along `axis`"""
-        largest = np.abs(weight).reshape(len(weight), -1).max(1)
-        zeros = np.zeros(len(weight))
-        return self.rounded(x, largest / self.form.weight_steps, zeros, self.form.weight_type, axis=axis)
+    def channels(
+        self, x: Value, weight: Array, axis: int, bias: Array | None = None, times: Value | None = None
+    ) -> Value:
+        """x: `weight` (outputs, ...) as a value, its outputs along `axis`; bias: of the products with `times`"""
+        scale = np.abs(weight).reshape(len(weight), -1).max(1) / self.form.weight_steps
+        if bias is not None and self.compute != HALF:
+            # A channel with next to no weights would count its bias in more steps than int32 has, and lose it.
+            scale = np.maximum(scale, np.abs(bias) / (self.scales[times.name] * 2.0**30))
+        return self.rounded(x, scale, np.zeros(len(weight)), self.form.weight_type, axis=axis)
 
     def bias(self, bias: Array, x: Value, filters: Value) -> Value:
         if self.compute == HALF:
@@ -185,7 +190,9 @@ class ObservedOps(QuantisedOps):
         self.observed.append(x.name)
         return x
 
-    def channels(self, x: Value, weight: Array, axis: int) -> Value:
+    def channels(
+        self, x: Value, weight: Array, axis: int, bias: Array | None = None, times: Value | None = None
+    ) -> Value:
         return x
 
     def bias(self, bias: Array, x: Value, filters: Value) -> Value:

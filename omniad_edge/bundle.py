@@ -108,7 +108,13 @@ class Bundle:
     @property
     def recognition(self) -> dict[str, ProductLimit]:
         """Product name -> how far its images may be from it; empty of a bundle that cannot recognise products."""
-        return {name: ProductLimit.from_dict(entry) for name, entry in self.manifest["recognition"].items()}
+        return self.recognition_of("")
+
+    def recognition_of(self, graph: str) -> dict[str, ProductLimit]:
+        """As `recognition`, but for the embeddings of this graph. 8 bits move them too; bundles from before they
+        were measured have the limits of all others."""
+        entries = self.manifest.get("quantised_recognition", {}).get(graph, self.manifest["recognition"])
+        return {name: ProductLimit.from_dict(entry) for name, entry in entries.items()}
 
     def onnx(self, graph: str) -> bytes:
         """The ONNX model of one graph with its weights, ready to be loaded.
@@ -142,8 +148,11 @@ def write_bundle(path: str | Path, manifest: dict, parts: dict[str, bytes]) -> N
     """Write the bundle; `path` holds the old file or the whole new one at any time.
 
     manifest: created, versions, model, precision, input, outputs, products, recognition, parity, trained_on,
-    history, and quantised where there are such graphs: graph -> products with the thresholds for its scores;
-    its format, schema and parts are filled in here. parts: name (letters, digits, `_.-/`) -> content.
+    history, and where there are such graphs quantised: graph -> products with the thresholds for its scores, and
+    quantised_recognition: graph -> products with the limits for its embeddings; of a training run also checkpoint,
+    the SHA-256 of its file; its format, schema and parts are filled in here.
+    parts: name (letters, digits, `_.-/`) -> content.
+
     The same content gives the same bytes. Raises BundleError if a reader would refuse the result, or if
     it cannot be written.
     """
@@ -184,7 +193,7 @@ def set_thresholds(
     """Replace the calibrations of these products in the bundle file, and record it in its history.
 
     limits: of recognition, of some of the same products
-    graph:  the calibrations are for the scores of this quantised graph; else for those of all others
+    graph:  calibrations and limits are for what this quantised graph gives; else for what all others do
 
     action: a few words for the history, such as "calibrate". Other products stay as they are. The file is
     replaced as a whole; on any error it is the old one. Raises InputError for a product which the bundle
@@ -208,10 +217,11 @@ def set_thresholds(
     products |= calibrations
     entries = {name: calibration.to_dict() for name, calibration in products.items()}
     changes = {"quantised": quantised | {graph: entries}} if graph in quantised else {"products": entries}
-    changes |= {
-        "history": bundle.manifest["history"] + history,
-        "recognition": bundle.manifest["recognition"] | {name: asdict(limit) for name, limit in limits.items()},
-    }
+    changes["history"] = bundle.manifest["history"] + history
+    if limits:
+        entries = {name: asdict(limit) for name, limit in (bundle.recognition_of(graph) | limits).items()}
+        of_graphs = bundle.manifest.get("quantised_recognition", {}) | {graph: entries}
+        changes |= {"quantised_recognition": of_graphs} if graph in quantised else {"recognition": entries}
     # Through a symbolic link: the file behind it is replaced and the link stays.
     write_bundle(os.path.realpath(path), bundle.manifest | changes, bundle.parts)
 
@@ -388,14 +398,13 @@ def _check_manifest(manifest: dict) -> None:
     _check_products(manifest["recognition"], ProductLimit.from_dict)
     same = not manifest["recognition"] or manifest["recognition"].keys() == manifest["products"].keys()
     _expect(same, "recognition must have no product or all", sorted(manifest["recognition"]))
-    quantised = manifest.get("quantised", {})
-    _expect(isinstance(quantised, dict), "quantised must be an object", quantised)
-    for graph, entries in quantised.items():
-        _expect(isinstance(entries, dict), f"quantised {short(graph)} must be an object", entries)
-        _expect(entries.keys() == manifest["products"].keys(), "quantised must have the same products", entries)
-        _check_products(entries, Calibration.from_dict)
+    _check_graphs(manifest, "quantised", "products", Calibration.from_dict)
+    _check_graphs(manifest, "quantised_recognition", "recognition", ProductLimit.from_dict)
     for digest in manifest["trained_on"]:
         _expect(_matches(IMAGE_DIGEST, digest), "trained_on must be digests of 16 hex digits", digest)
+    if "checkpoint" in manifest:
+        described = _matches(SHA256, manifest["checkpoint"])
+        _expect(described, "checkpoint must be 64 hex digits", manifest["checkpoint"])
     for entry in manifest["history"]:
         _check_history(entry)
     for name, entry in manifest["parts"].items():
@@ -426,6 +435,16 @@ def _check_tiles(tiles: object, entry: dict) -> None:
         _expect(valid, f"input tiles {key} must be a whole number from {least} to {MAX_SIDE_PX}", tiles.get(key))
     shared = tiles.get("overlap_px")
     _expect(shared == OVERLAP_PX, f"input tiles overlap_px must be {OVERLAP_PX}", shared)
+
+
+def _check_graphs(manifest: dict, key: str, like: str, read: Callable[[dict], object]) -> None:
+    """What single graphs have under `key` is of the same products as what all others share under `like`."""
+    graphs = manifest.get(key, {})
+    _expect(isinstance(graphs, dict), f"{key} must be an object", graphs)
+    for graph, entries in graphs.items():
+        _expect(isinstance(entries, dict), f"{key} {short(graph)} must be an object", entries)
+        _expect(entries.keys() == manifest[like].keys(), f"{key} must have the same products", entries)
+        _check_products(entries, read)
 
 
 def _check_products(entries: dict, read: Callable[[dict], object]) -> None:

@@ -339,10 +339,9 @@ def build_engine(
 
 
 def calibrate(options: argparse.Namespace) -> None:
-    from .bundle import read_bundle
     from .evaluate import calibrate_bundle
 
-    calibrations, left_out = calibrate_bundle(
+    calibrations, limits, left_out = calibrate_bundle(
         options.bundle,
         options.good,
         options.max_false_reject,
@@ -354,8 +353,7 @@ def calibrate(options: argparse.Namespace) -> None:
         console.print(f"left out {left_out} images that the model was trained on: their scores run low")
     for product, calibration in calibrations.items():
         print_calibration(product, calibration)
-    recognition = read_bundle(options.bundle).recognition
-    print_recognition({product: limit for product, limit in recognition.items() if product in calibrations})
+    print_recognition(limits)
 
 
 def threshold(options: argparse.Namespace) -> None:
@@ -457,6 +455,8 @@ def info(options: argparse.Namespace) -> None:
         print(f"in {graph}:")
         for product, calibration in bundle.calibrations_of(graph).items():
             print_calibration(product, calibration)
+        if graph in manifest.get("quantised_recognition", {}):
+            print_recognition(bundle.recognition_of(graph))
     for name, report in manifest["parity"].get("engines", {}).items():
         print_parity(name, report)
     for name, part in manifest["parts"].items():

@@ -27,7 +27,8 @@ class Detector:
     backend:   "fused" or "tensorrt" (an NVIDIA GPU), "onnxruntime", "openvino" or "auto"; `reason` says why auto
                chose it. "tensorrt" builds its engine where there is none in the cache yet, which takes minutes
     precision: "fp16" (on GPUs), "fp32", "bf16" (OpenVINO, only if the bundle passed the gate in it), "int8" or
-               "fp8" (of a bundle exported for it; with thresholds of its own), or "auto", which takes neither
+               "fp8" (of a bundle exported for it; with thresholds and limits of its own), or "auto", which takes
+               neither
     threads:   CPU threads of the engine; None leaves it to the backend
     engine:    one that is open already, in place of one by backend, precision and threads
 
@@ -46,12 +47,12 @@ class Detector:
         contents = read_bundle(bundle)
         self.tiling = contents.tiling
         self.height, self.width = self.tiling.size  # of an anomaly map
-        self.recogniser = read_recogniser(contents)
         if engine is None:
             engine = open_engine(contents, backend, precision, threads)
             engine.run(np.zeros((1, self.height, self.width, 3), np.uint8))
         self.engine = engine
-        self.calibrations = contents.calibrations_of(quantised_graph(self.backend, self.precision))
+        graph = quantised_graph(self.backend, self.precision)
+        self.calibrations, self.recogniser = contents.calibrations_of(graph), read_recogniser(contents, graph)
         self.not_recognised = ""  # why it cannot recognise products
         if self.recogniser is None:
             self.not_recognised = "the bundle cannot recognise products; export it again"

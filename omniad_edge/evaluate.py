@@ -364,13 +364,16 @@ def calibrate_bundle(
     confidence: float = 0.95,
     backend: str = "auto",
     precision: str = "auto",
-) -> tuple[dict[str, Calibration], int]:
-    """Set the thresholds of the products in `good` from its images; the bundle is replaced atomically.
+) -> tuple[dict[str, Calibration], dict[str, ProductLimit], int]:
+    """Set thresholds and limits of recognition of the products in `good` from its images.
+
+    The bundle is replaced atomically.
 
     good: data set of good images (PRODUCT/good/*); images the model was trained on score too low and are left
-    out. backend, precision: of the engine that scores them, as for `open_engine`; the thresholds are for it.
-    Returns the new calibrations and the number left out. Raises InputError for a product the bundle does not have,
-    CalibrationError if the images cannot support the wish, or some show another product than their folder says.
+    out. backend, precision: of the engine that scores them, as for `open_engine`; in 8 bits both are its graph's.
+    Returns the products' calibrations and limits, and the number left out. Raises InputError for a product the
+    bundle does not have, CalibrationError if the images cannot support the wish, or some show another product than
+    their folder says.
     """
     contents = read_bundle(bundle)
     trained_on = set(contents.manifest["trained_on"])
@@ -392,14 +395,13 @@ def calibrate_bundle(
     with counting("inspecting", len(unseen)) as progress:
         images = load_images(unseen, *contents.tiling.size)
         predictions = predict_images(engine.run_all, images, progress=progress)
-    recogniser = read_recogniser(contents)
+    calibrations = calibrate_products(predictions, max_false_reject, confidence)
+    graph = quantised_graph(engine.backend, engine.precision)
+    limits = {name: limit for name, limit in contents.recognition_of(graph).items() if name in calibrations}
+    recogniser = read_recogniser(contents, graph)
     if recogniser is not None and predictions.embeddings is not None:
         refuse_strays(predictions, recogniser)
-    calibrations = calibrate_products(predictions, max_false_reject, confidence)
-    graph, limits = quantised_graph(engine.backend, engine.precision), {}
-    # The limits are for all engines: where 8 bits are calibrated, they stay.
-    if recogniser is not None and predictions.embeddings is not None and engine.precision not in ("int8", "fp8"):
         limits = product_limits(predictions, recogniser.space)
     action = f"calibrated with {engine.backend} in {engine.precision}"
     set_thresholds(bundle, calibrations, action, limits, graph)
-    return calibrations, len(samples) - len(unseen)
+    return calibrations, limits, len(samples) - len(unseen)

@@ -155,13 +155,16 @@ class Recogniser:
         return [dict(zip(self.space.products, map(float, row), strict=True)) for row in rows]
 
 
-def read_recogniser(bundle) -> Recogniser | None:
-    """None of a bundle that cannot recognise products. Raises BundleError for a damaged one."""
+def read_recogniser(bundle, graph: str = "") -> Recogniser | None:
+    """With the limits for this graph's embeddings; None of a bundle that cannot recognise products.
+
+    Raises BundleError for a damaged one.
+    """
     if RECOGNITION not in bundle.parts and not bundle.recognition:
         return None
     if RECOGNITION not in bundle.parts:
         raise BundleError(f"the manifest has limits of recognition, but {RECOGNITION} is missing; export again")
-    space, limits = ProductSpace.from_bytes(bundle.parts[RECOGNITION]), bundle.recognition
+    space, limits = ProductSpace.from_bytes(bundle.parts[RECOGNITION]), bundle.recognition_of(graph)
     if set(space.products) != set(limits) or set(limits) != set(bundle.products):
         raise BundleError(f"{RECOGNITION} and the manifest have different products; export again")
     return Recogniser(space, limits)

@@ -78,16 +78,22 @@ def load_checkpoint(path: str | Path) -> tuple[OmniAD, dict]:
         raise BundleError(f"{path}: the checkpoint's header is damaged: {exc}") from exc
 
 
+def checkpoint_of(run: str | Path) -> Path:
+    """The file of a training run's folder, or `run` if it is no folder. Raises BundleError if there is none."""
+    path = Path(run)
+    if path.is_dir():
+        path = path / "model.safetensors"
+        if not path.exists():
+            raise BundleError(f"{path}: there is no such file; is this a training run, and did it end?")
+    return path
+
+
 def load_run(path: str | Path) -> tuple[OmniAD, dict]:
     """load_checkpoint of a training run's folder, or of its file; the facts are sure to be a training's.
 
     Raises BundleError as above, and if the run has not measured a model yet.
     """
-    path = Path(path)
-    if path.is_dir():
-        path = path / "model.safetensors"
-        if not path.exists():
-            raise BundleError(f"{path}: there is no such file; is this a training run, and did it end?")
+    path = checkpoint_of(path)
     model, facts = load_checkpoint(path)
     missing = [name for name in ("data", "holdout", "trained_on", "backbone") if name not in facts]
     if missing:

@@ -5,7 +5,6 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,13 +12,14 @@ import pytest
 import torch
 from peer_stand_in import make_python
 
+from omniad_edge.bundle import read_bundle, write_bundle
 from omniad_edge.data import find_samples, load_images
 from omniad_edge.errors import InputError, OmniADError
 from omniad_edge.evaluate import Predictions, evaluate, evaluate_model, predict_images
 from omniad_edge.metrics import METRICS
 from omniad_edge.model import ModelConfig, OmniAD, normalise
 from omniad_edge.products import write_line
-from omniad_edge.weights import load_run
+from omniad_edge.weights import load_run, save_checkpoint
 
 BENCHMARKS = Path(__file__).resolve().parents[1] / "benchmarks"
 SIZE = 64
@@ -196,17 +196,29 @@ def test_verdict_flips_are_counted_in_images(data):
     assert moved["verdict_flips"] == 1 and moved["map"] == 0.25 and moved["image_auroc"] > 0
 
 
-def test_the_bundle_of_another_run_is_refused(small_bundle, small_run):
+def test_the_bundle_of_another_run_is_refused(small_bundle, small_run, tmp_path):
     from detection import bundle_of_run, open_engines
 
-    network, facts = load_run(small_run.folder)
-    bundle = bundle_of_run(small_bundle, network.config, facts)
+    bundle = bundle_of_run(small_bundle, small_run.folder)
+    assert bundle_of_run(small_bundle, small_run.folder / "model.safetensors").manifest == bundle.manifest
     engines, left_out = open_engines(bundle, 1)
     assert "onnxruntime fp32" in engines and "onnxruntime int8" not in {**engines, **left_out}
+    network, facts = load_run(small_run.folder)
+    with torch.no_grad():  # a training with another seed, on the same images
+        next(network.parameters()).mul_(1.01)
+    save_checkpoint(tmp_path / "model.safetensors", network, facts)
     with pytest.raises(InputError, match="of another"):
-        bundle_of_run(small_bundle, network.config, facts | {"trained_on": facts["trained_on"][1:]})
-    with pytest.raises(InputError, match="of another"):
-        bundle_of_run(small_bundle, replace(network.config, tokens=16), facts)
+        bundle_of_run(small_bundle, tmp_path)
+
+
+def test_a_bundle_that_does_not_name_its_run_is_refused(small_bundle, small_run, tmp_path):
+    from detection import bundle_of_run
+
+    bundle = read_bundle(small_bundle)
+    old = {key: value for key, value in bundle.manifest.items() if key != "checkpoint"}
+    write_bundle(tmp_path / "old.omniad", old, bundle.parts)
+    with pytest.raises(InputError, match="from before that: export it again"):
+        bundle_of_run(tmp_path / "old.omniad", small_run.folder)
 
 
 @pytest.mark.parametrize(

@@ -377,6 +377,7 @@ WRONG = [
     *({"model": value} for value in (None, [], "resnet18")),
     *({"parity": value} for value in (None, [], 1e-5)),
     *({"trained_on": value} for value in ([1], ["0123"], ["0123456789ABCDEF"], ["0123456789abcdef\n"], {}, "")),
+    *({"checkpoint": value} for value in (None, 1, "0123456789abcdef", "A" * 64)),
     *({"products": value} for value in ({}, [], {"": TILE.to_dict()}, {"a\x1b[31m": TILE.to_dict()}, {"a": None})),
     *({"products": {"a": TILE.to_dict() | {"threshold": v}}} for v in (None, "0.5", True, [], 10**400)),
     *({"products": {"a": without(TILE.to_dict(), key)}} for key in TILE.to_dict()),

@@ -62,7 +62,10 @@ def test_a_bundle_knows_what_was_trained_on(small_run, small_bundle):
     held_out = {small_run.data / name for name in facts_of(small_run)["holdout"]}
     trained = {s.path for s in find_samples(small_run.data, "train")} - held_out
     digests = {hashlib.sha256(path.read_bytes()).hexdigest()[:16] for path in trained}
-    assert len(digests) == 9 and set(read_bundle(small_bundle).manifest["trained_on"]) == digests
+    manifest = read_bundle(small_bundle).manifest
+    assert len(digests) == 9 and set(manifest["trained_on"]) == digests
+    checkpoint = (small_run.folder / "model.safetensors").read_bytes()
+    assert manifest["checkpoint"] == hashlib.sha256(checkpoint).hexdigest()
 
 
 @pytest.fixture(scope="module")

@@ -255,7 +255,7 @@ def bundle(small_bundle, tmp_path):
 
 def test_a_bundle_is_calibrated_on_unseen_images(bundle, small_run):
     before = read_bundle(bundle)
-    calibrations, left_out = calibrate_bundle(bundle, small_run.data.parent / "calibration")
+    calibrations, _, left_out = calibrate_bundle(bundle, small_run.data.parent / "calibration")
     after = read_bundle(bundle)
     assert left_out == 0 and after.products == calibrations and after.parts == before.parts
     assert {c.n_good for c in calibrations.values()} == {4}
@@ -267,7 +267,7 @@ def test_a_bundle_is_calibrated_on_unseen_images(bundle, small_run):
 
 
 def test_images_that_were_trained_on_are_left_out(bundle, small_run):
-    calibrations, left_out = calibrate_bundle(bundle, small_run.data)
+    calibrations, _, left_out = calibrate_bundle(bundle, small_run.data)
     assert left_out == 9 and {c.n_good for c in calibrations.values()} == {1}
 
 

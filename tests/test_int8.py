@@ -2,6 +2,7 @@
 
 import shutil
 import sys
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -16,14 +17,22 @@ from test_parity import predictions
 from omniad_edge import Detector, native
 from omniad_edge.bundle import Bundle, read_bundle, write_bundle
 from omniad_edge.cli import main
-from omniad_edge.data import find_samples, load_images
+from omniad_edge.data import Sample, find_samples, load_images
 from omniad_edge.engine import OnnxRuntimeEngine, open_engine
 from omniad_edge.errors import BundleError, EngineError, ExportError, MissingDependencyError
+from omniad_edge.evaluate import held_out_samples
 from omniad_edge.export import bundle_export, parity
-from omniad_edge.export.bundle_export import calibration_samples, check_measurable, export_bundle
+from omniad_edge.export.bundle_export import (
+    CALIBRATION_IMAGES,
+    calibration_samples,
+    check_measurable,
+    export_bundle,
+)
 from omniad_edge.export.parity import DETECTION_LIMITS, DetectionLimits, compare, detection_loss
 from omniad_edge.plan_cache import default_cache_dir
+from omniad_edge.recognition import MARGIN
 from omniad_edge.self_test import MAX_MAP_ERROR, read_self_test
+from omniad_edge.weights import load_run
 
 # ---- the gate
 
@@ -124,6 +133,16 @@ def test_ranges_are_of_images_that_were_trained_on(small_run):
     assert calibration_samples(samples, samples) == samples  # none was held out
 
 
+@pytest.mark.parametrize("each", [30, 47, 500])
+def test_ranges_are_of_every_product_alike(monkeypatch, tmp_path, each):
+    products = "board", "cap", "gear"
+    samples = [Sample(Path(f"{product}/{i}.png"), product, "good") for product in products for i in range(each)]
+    monkeypatch.setattr(bundle_export, "find_samples", lambda data, split: samples)
+    chosen = calibration_samples(tmp_path, [])
+    assert Counter(sample.product for sample in chosen) == dict.fromkeys(products, CALIBRATION_IMAGES // 3)
+    assert len({*chosen}) == CALIBRATION_IMAGES
+
+
 # ---- engines
 
 
@@ -159,8 +178,9 @@ def fp8_file(int8_file, tmp_path_factory) -> Path:
     made.parts["graphs/fp8.onnx"] = made.parts.pop("graphs/int8_fp16.onnx")
     engines = made.manifest["parity"]["engines"]
     engines["onnxruntime fp8"] = engines.pop("onnxruntime int8_fp16")
-    quantised = {"fp8": made.manifest["quantised"]["int8_fp16"]}
-    write_bundle(path, made.manifest | {"quantised": quantised}, made.parts)
+    keys = "quantised", "quantised_recognition"
+    renamed = {key: {"fp8": made.manifest[key]["int8_fp16"]} for key in keys}
+    write_bundle(path, made.manifest | renamed, made.parts)
     return path
 
 
@@ -254,14 +274,48 @@ def test_it_has_thresholds_of_its_own_scores(file, small_run):
     assert contents.calibrations_of("int8") != contents.calibrations_of("int8_fp16")
 
 
+def limits(path: Path, graph: str) -> dict[str, float]:
+    return {name: made.limit for name, made in read_bundle(path).recognition_of(graph).items()}
+
+
+def test_it_has_limits_of_its_own_embeddings(file, small_run):
+    """At the start from the one image of each product that was held out, as its own engine sees it."""
+    contents, facts = read_bundle(file), load_run(small_run.folder)[1]
+    samples = held_out_samples(small_run.data, facts["holdout"])
+    images = load_images(samples, contents.height, contents.width)
+    for precision in ("fp32", "int8"):
+        recogniser = Detector(file, "onnxruntime", precision).recogniser
+        made = {name: limit.limit for name, limit in recogniser.limits.items()}
+        assert made == limits(file, precision)
+        engine = open_engine(contents, "onnxruntime", precision)
+        for sample, embedding in zip(samples, engine.run_all(images.pixels)[2], strict=True):
+            (distance,) = recogniser.space.own_distances(embedding[None], sample.product)
+            assert made[sample.product] == pytest.approx(MARGIN * distance, rel=1e-4)
+    of_all_others = limits(file, "")
+    assert all(made != pytest.approx(of_all_others[name], rel=1e-3) for name, made in limits(file, "int8").items())
+    assert limits(file, "int8") != limits(file, "int8_fp16")
+
+
+def test_a_bundle_from_before_has_the_limits_of_all_others(bundle, file):
+    old = {key: value for key, value in bundle.manifest.items() if key != "quantised_recognition"}
+    write_bundle(file, old, bundle.parts)
+    detector = Detector(file, "onnxruntime", "int8")
+    assert detector.not_recognised == "" and detector.recogniser.limits == bundle.recognition
+
+
 def test_calibrating_it_leaves_the_others_alone(file, small_run, capsys):
     before = {graph: thresholds(file, graph) for graph in ("", "int8", "int8_fp16")}
+    limits_before = {graph: limits(file, graph) for graph in before}
     good = str(small_run.data.parent / "calibration")
     command = ["calibrate", str(file), "--good", good, "--backend", "onnxruntime", "--precision", "int8"]
     assert main(command) == 0
     after = {graph: thresholds(file, graph) for graph in before}
     assert after[""] == before[""] and after["int8_fp16"] == before["int8_fp16"]
     assert after["int8"] != before["int8"]
+    limits_after = {graph: limits(file, graph) for graph in before}
+    assert limits_after == limits_before | {"int8": limits_after["int8"]} != limits_before
+    assert "recognised  gear: at most 53 % false unknowns at 95 %" in capsys.readouterr().out
+    assert {limit.n_good for limit in read_bundle(file).recognition_of("int8").values()} == {4}
     assert read_bundle(file).manifest["history"][-1]["action"] == "calibrated with onnxruntime in int8"
 
 
@@ -272,7 +326,8 @@ def test_one_by_hand(file, capsys):
     assert capsys.readouterr().out.count("-> 0.31") == 2
     assert main(["info", str(file)]) == 0
     printed = capsys.readouterr().out
-    assert "in int8_fp16:\n" in printed and "set by hand for int8: gear" in printed
+    assert "in int8_fp16:\n" in printed and printed.count("recognised  gear") == 3
+    assert "set by hand for int8: gear" in printed
     assert main(["threshold", str(file), "--product", "gear", "0.31", "--precision", "fp8"]) == 1
     assert "the bundle was not exported with --fp8" in capsys.readouterr().err
 
@@ -281,8 +336,9 @@ def test_one_by_hand(file, capsys):
     "quantised", [[], {"int8": []}, {"int8": {}}, {"int8": {"gear": {}}}, {"int8": {"other": {}}}]
 )
 def test_crafted_thresholds(bundle, tmp_path, quantised):
-    with pytest.raises(BundleError, match="not written: manifest: "):
-        write_bundle(tmp_path / "a.omniad", bundle.manifest | {"quantised": quantised}, bundle.parts)
+    for key in ("quantised", "quantised_recognition"):
+        with pytest.raises(BundleError, match=f"not written: manifest: ({key}|product)"):
+            write_bundle(tmp_path / "a.omniad", bundle.manifest | {key: quantised}, bundle.parts)
 
 
 # ---- TensorRT, on stand-ins

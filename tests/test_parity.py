@@ -8,7 +8,9 @@ import pytest
 
 from omniad_edge.data import Images, Sample
 from omniad_edge.evaluate import Predictions
+from omniad_edge.export import parity
 from omniad_edge.export.parity import (
+    DETECTION_LIMITS,
     FEWEST_RANKS,
     FEWEST_SCORES,
     LIMITS,
@@ -88,7 +90,22 @@ def test_product_error_is_a_distance_between_embeddings(reference):
     failures = compare(reference, engine, "fp32", SPACE)["failures"]
     assert failures == ["product error is 0.1, the limit is 0.02"]
     assert compare(reference, engine, "bf16", SPACE)["passed"]
-    assert compare(reference, replace(engine, embeddings=None), "fp32", SPACE)["measured"]["product_error"] is None
+
+
+@pytest.mark.parametrize("precision", [*LIMITS, *DETECTION_LIMITS])
+def test_an_embedding_that_is_lost_fails(reference, precision, monkeypatch):
+    monkeypatch.setattr(parity, "detection_loss", lambda *both: {"auroc_loss": 0.0, "aupro_loss": 0.0})
+    embedding = replace(reference, embeddings=np.ones((2 * N, 3), np.float32))
+    report = compare(embedding, reference, precision, SPACE)
+    assert report["failures"] == ["the engine gives no embedding, the trained network does"]
+    assert report["passed"] is False and report["measured"]["product_error"] is None
+    assert compare(reference, reference, precision, SPACE)["passed"]
+    assert compare(reference, embedding, precision, SPACE)["passed"]  # which nothing asks for
+
+
+def test_what_cannot_be_measured_is_beyond_the_limit(reference, monkeypatch):
+    monkeypatch.setattr(parity, "product_error", lambda *three: float("nan"))
+    assert compare(reference, reference, "fp32")["failures"] == ["product error is nan, the limit is 0.02"]
 
 
 def test_score_error_is_in_standard_deviations(reference):
@@ -140,7 +157,7 @@ def test_auroc_difference_without_a_flip():
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-@pytest.mark.parametrize("precision", LIMITS)
+@pytest.mark.parametrize("precision", [*LIMITS, *DETECTION_LIMITS])
 def test_what_is_not_finite_fails(reference, bad, precision):
     maps = reference.anomaly_maps.copy()
     maps[3, 0, 0] = bad
@@ -152,6 +169,11 @@ def test_what_is_not_finite_fails(reference, bad, precision):
     broken = Predictions(reference.images, reference.anomaly_maps, scores)
     assert only_failure(reference, broken, precision) == "the engine's anomaly map is not finite"
     assert only_failure(broken, broken, precision) == "the trained network's anomaly map is not finite"
+    reference = replace(reference, embeddings=np.ones((2 * N, 3), np.float32))
+    broken = replace(reference, embeddings=reference.embeddings.copy())
+    broken.embeddings[7, 1] = bad
+    assert only_failure(reference, broken, precision) == "the engine's embedding is not finite"
+    assert only_failure(broken, reference, precision) == "the trained network's embedding is not finite"
 
 
 def test_several_failures_are_all_told(reference):

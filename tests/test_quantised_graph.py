@@ -3,6 +3,7 @@
 import numpy as np
 import onnx
 import pytest
+import torch
 from onnx import TensorProto, helper, numpy_helper
 
 from golden import golden_model
@@ -110,6 +111,22 @@ def rounded_error(plain, pixels, truth) -> float:
             tensor.CopyFrom(numpy_helper.from_array(rounded.astype(np.float16), tensor.name))
     maps = OnnxRuntimeEngine(plain[0] + model.SerializeToString(), threads=1).run(pixels)[0]
     return np.abs(maps - truth).max()
+
+
+def test_a_channel_without_weights_keeps_its_bias(pixels):
+    """As pruned by its norm: the bias has more steps of such weights than int32 holds."""
+    pruned = golden_model(**NETWORK)
+    norm = pruned.teacher.layer1[0].bn2
+    with torch.no_grad():
+        norm.weight[3], norm.bias[3] = 1e-12, 5.0
+    network = fold(pruned)
+    graph, weights = build_graph(network, half=False, half_weights=True)
+    quantised = build_quantised_graph(network, "int8", True, activation_ranges(network, pixels))
+    truth, embedding = (
+        OnnxRuntimeEngine(one + weights_message(weights), threads=1).run_all(pixels)[2][:, 3]
+        for one in (graph, quantised)
+    )
+    assert (truth > 4).all() and embedding == pytest.approx(truth, rel=0.02)
 
 
 def test_the_ranges_are_those_of_the_tensors(network, plain, pixels, ranges):

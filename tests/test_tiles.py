@@ -267,7 +267,7 @@ def test_evaluation_and_calibration_see_tiles_too(tiled, small_run, tmp_path):
     copy = tmp_path / "copy.omniad"
     copy.write_bytes(tiled.bundle.read_bytes())
     good = shutil.copytree(small_run.data.parent / "calibration" / "gear", tmp_path / "good" / "gear")
-    made, _ = calibrate_bundle(copy, good.parent)
+    made, _, _ = calibrate_bundle(copy, good.parent)
     images = load_images(find_samples(good.parent, "train"), 96, 64)
     scores = bundle.predict(images.pixels)[1]
     assert made["gear"].threshold == pytest.approx(scores.max(), abs=2e-6)
