@@ -1,5 +1,6 @@
 """Engines: a bundle's graph in, `run(pixels) -> anomaly_map, pred_score` out. Vendor errors end here."""
 
+import sys
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -378,6 +379,8 @@ def cpu_has_bf16() -> bool:
 
 
 def import_openvino():
+    """Without its telemetry, which tells Google Analytics of every import and forks for it: a line sends nothing."""
+    sys.modules.setdefault("openvino_telemetry", None)  # for OpenVINO as if it was not installed, which it allows
     try:
         import openvino
     except ImportError as exc:

@@ -1,5 +1,7 @@
 """Which engine is chosen and why, that engines agree, and what becomes of their errors."""
 
+import os
+import subprocess
 import sys
 import threading
 from dataclasses import replace
@@ -261,3 +263,14 @@ def test_calls_that_use_every_core_take_turns(bundle, pixels, threads, at_once):
     for caller in callers:
         caller.join()
     assert most == at_once
+
+
+def test_openvino_sends_nothing(tmp_path):
+    """Its telemetry would write an identifier into the home folder, and a message to Google Analytics."""
+    code = "import sys; from omniad_edge.engine import import_openvino; print(import_openvino().__name__)"
+    code += "; print(sys.modules['openvino.tools.ovc.telemetry_utils'].tm.__name__)"
+    made = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | {"HOME": str(tmp_path)}, capture_output=True, text=True
+    )
+    assert made.stdout.split() == ["openvino", "openvino.tools.ovc.telemetry_stub"], made.stderr
+    assert not list(tmp_path.iterdir())
