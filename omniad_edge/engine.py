@@ -379,7 +379,7 @@ def cpu_has_bf16() -> bool:
 
 
 def import_openvino():
-    """Without its telemetry, which tells Google Analytics of every import and forks for it: a line sends nothing."""
+    """Without its telemetry, which tells Google Analytics of every import, and forks for it."""
     sys.modules.setdefault("openvino_telemetry", None)  # for OpenVINO as if it was not installed, which it allows
     try:
         import openvino
