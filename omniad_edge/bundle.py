@@ -167,6 +167,15 @@ def write_bundle(path: str | Path, manifest: dict, parts: dict[str, bytes]) -> N
         raise BundleError(f"{path}: not written, an older file there is as it was: {exc}") from exc
 
 
+def is_bundle(path: Path) -> bool:
+    """By its content, whatever it is called; or if it is not there, by its name."""
+    try:
+        with zipfile.ZipFile(path) as file:
+            return MANIFEST in file.namelist()
+    except (OSError, zipfile.BadZipFile):
+        return path.suffix == ".omniad"
+
+
 def read_bundle(path: str | Path) -> Bundle:
     """Read and check a bundle: the whole file's digest, the ZIP, the manifest, each part's digest.
 

@@ -260,7 +260,9 @@ def train(options: argparse.Namespace) -> None:
 
 
 def evaluate(options: argparse.Namespace) -> None:
-    if options.model.suffix != ".omniad":
+    from .bundle import is_bundle
+
+    if not is_bundle(options.model):
         require_training()
     from . import evaluate, report
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from .bundle import quantised_graph, read_bundle, set_thresholds
+from .bundle import is_bundle, quantised_graph, read_bundle, set_thresholds
 from .calibration import Calibration, calibrate
 from .data import Images, Sample, find_samples, load_images, load_masks
 from .engine import open_engine
@@ -173,7 +173,7 @@ def open_model(path: Path, data: Path) -> Model:
 
     A run's thresholds come from its held-out images; `data` is where they are if the data set has moved.
     """
-    if path.suffix == ".omniad":
+    if is_bundle(path):
         bundle = read_bundle(path)
         engine = open_engine(bundle)
         facts = bundle.manifest["model"] | {"engine": engine.reason}

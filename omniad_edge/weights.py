@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .backbone import ResNet
+from .bundle import is_bundle
 from .download import fetch
 from .errors import BundleError, InputError
 from .files import atomic_write, file_sha256
@@ -81,6 +82,8 @@ def load_checkpoint(path: str | Path) -> tuple[OmniAD, dict]:
 def checkpoint_of(run: str | Path) -> Path:
     """The file of a training run's folder, or `run` if it is no folder. Raises BundleError if there is none."""
     path = Path(run)
+    if is_bundle(path):
+        raise BundleError(f"{path}: expected a training run's folder or its model.safetensors; this is a bundle")
     if path.is_dir():
         path = path / "model.safetensors"
         if not path.exists():

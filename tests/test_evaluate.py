@@ -30,7 +30,7 @@ from omniad_edge.evaluate import (
 )
 from omniad_edge.image import read_image
 from omniad_edge.metrics import mean_metrics
-from omniad_edge.weights import load_checkpoint
+from omniad_edge.weights import load_checkpoint, load_run
 
 
 def made_up(rng, products: list[str], kinds: list[str] | None = None) -> Predictions:
@@ -287,3 +287,10 @@ def test_images_that_cannot_calibrate(bundle, small_run, tmp_path):
     with pytest.raises(CalibrationError, match="every image of gear was trained on"):
         calibrate_bundle(bundle, good / "gear")
     assert bundle.read_bytes() == before
+
+
+def test_a_bundle_is_known_whatever_it_is_called(bundle, small_run, tmp_path):
+    renamed = bundle.rename(tmp_path / "line3")
+    assert open_model(renamed, small_run.data).recogniser is not None
+    with pytest.raises(BundleError, match=r"line3: expected a training run's folder .*; this is a bundle"):
+        load_run(renamed)
