@@ -182,6 +182,8 @@ def read_bundle(path: str | Path) -> Bundle:
     Raises BundleError with the file and the reason if it is missing, damaged, altered, crafted, no bundle
     or written by a newer version. Takes memory for twice the file.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise InputError(f"bundle: expected the path of a file such as line3.omniad; got {path!r}")
     try:
         data = _read_file(Path(path))
         _check_seal(data)

@@ -280,3 +280,8 @@ def test_limits_of_recognition_are_replaced_with_the_thresholds(scratch):
     new = {"screw": limit_of(np.full(400, 2.0))}
     set_thresholds(scratch, {"screw": TILE}, "calibrate", new)
     assert read_bundle(scratch).recognition == limits | new
+
+
+def test_what_is_no_path_is_refused():
+    with pytest.raises(InputError, match="bundle: expected the path of a file .*; got None"):
+        read_bundle(None)

@@ -441,6 +441,9 @@ def test_a_list_gives_a_frame_a_trigger():
         ({"trigger": "cal", "deadline_ms": 5}, "trigger: expected"),
         ({"trigger": 0, "deadline_ms": 5}, "trigger: expected"),
         ({"deadline_ms": 0}, "deadline_ms: expected a number above 0"),
+        ({"deadline_ms": "200"}, "deadline_ms: expected a number above 0, got '200'"),
+        ({"deadline_ms": float("inf")}, "deadline_ms: expected a number above 0"),
+        ({"trigger": True, "deadline_ms": 5}, "trigger: expected"),
         ({"views": 2}, "frames make a part only with a trigger"),
         ({"views": 0, "trigger": "call", "deadline_ms": 5}, "views: expected a whole number from 1 on"),
         ({"rule": "most"}, "rule: expected"),
@@ -450,6 +453,11 @@ def test_a_list_gives_a_frame_a_trigger():
 def test_what_does_not_fit_together_is_refused(options, words):
     with pytest.raises(InputError, match=words):
         Line(FakeDetector(), FakeCamera(), **options)
+
+
+def test_a_bundle_s_path_is_no_detector():
+    with pytest.raises(InputError, match=r"detector: expected a Detector, such as Detector\('line3.omniad'\)"):
+        Line("line3.omniad", FakeCamera())
 
 
 def test_a_software_trigger_without_triggers_is_refused():

@@ -5,6 +5,7 @@
 `parts.py` decides; here are the threads and the clock. Every thread takes `lock` around `parts`.
 """
 
+import math
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -78,10 +79,12 @@ class Line:
         check_choice("on_timeout", on_timeout, (REJECT, NO_VERDICT))
         check_choice("rule", rule, ("any", "all"))
         check_choice("on_error", on_error, ("continue", "stop"))
-        if deadline_ms is not None and not deadline_ms > 0:
+        if not callable(detector):
+            raise InputError(f"detector: expected a Detector, such as Detector('line3.omniad'); got {detector!r}")
+        if deadline_ms is not None and not is_positive(deadline_ms):
             raise InputError(f"deadline_ms: expected a number above 0, got {deadline_ms!r}")
         each_frame = trigger == "frame"
-        seconds = isinstance(trigger, int | float) and trigger > 0
+        seconds = is_positive(trigger)
         if not (each_frame or trigger == "call" or seconds or hasattr(trigger, "start")):
             raise InputError(f"trigger: expected 'frame', 'call', seconds or an MqttTrigger; got {trigger!r}")
         if type(views) is not int or views < 1:
@@ -401,3 +404,7 @@ class Line:
 def check_choice(what: str, given: object, choices: tuple[str, ...]) -> None:
     if given not in choices:
         raise InputError(f"{what}: expected {' or '.join(map(repr, choices))}; got {given!r}")
+
+
+def is_positive(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
