@@ -283,5 +283,5 @@ def test_limits_of_recognition_are_replaced_with_the_thresholds(scratch):
 
 
 def test_what_is_no_path_is_refused():
-    with pytest.raises(InputError, match="bundle: expected the path of a file .*; got None"):
+    with pytest.raises(InputError, match=r"bundle: expected the path of a file .*; got None"):
         read_bundle(None)

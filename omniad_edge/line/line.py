@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from math import inf
+from os import PathLike
 from time import monotonic
 from typing import Any
 from uuid import uuid4
@@ -79,7 +80,7 @@ class Line:
         check_choice("on_timeout", on_timeout, (REJECT, NO_VERDICT))
         check_choice("rule", rule, ("any", "all"))
         check_choice("on_error", on_error, ("continue", "stop"))
-        if not callable(detector):
+        if isinstance(detector, str | PathLike):
             raise InputError(f"detector: expected a Detector, such as Detector('line3.omniad'); got {detector!r}")
         if deadline_ms is not None and not is_positive(deadline_ms):
             raise InputError(f"deadline_ms: expected a number above 0, got {deadline_ms!r}")
