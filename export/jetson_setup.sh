@@ -89,7 +89,7 @@ run sudo install -m 644 "${unit[@]}" /etc/systemd/system/
 run sudo install -d /etc/omniad /etc/systemd/system/omniad@.service.d
 drop_in=$(mktemp)
 trap 'rm -f "$drop_in"' EXIT
-groups=$(for group in video render; do getent group "$group" | cut -d : -f 1; done | xargs)
+groups=$(for group in video render; do getent group "$group" | cut -d : -f 1 || true; done | xargs) # those there are
 cat >"$drop_in" <<UNIT
 [Unit]
 After=nvargus-daemon.service
