@@ -154,7 +154,8 @@ class Line:
     def run(self) -> Counts:
         """Inspect until the sources end, `stop` is called, or SIGINT or SIGTERM comes. -> the frames' fates.
 
-        Raises InputError for a source that can never work, and the error that stopped the line (see on_error).
+        Raises InputError for a source that can never work, the error that stopped the line (see on_error), and at
+        the end CameraError for a film that broke off.
         """
         self.check_new()
         with stopped_by_signals(self):
