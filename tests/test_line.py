@@ -17,7 +17,7 @@ import pytest
 from line_parts import FakeCamera, FakeDetector
 from records import PATIENCE_S, check, wait_until
 
-from omniad_edge.errors import EngineLostError, InputError, OutputError
+from omniad_edge.errors import CameraError, EngineLostError, InputError, OutputError
 from omniad_edge.frame import Frame
 from omniad_edge.line import clock
 from omniad_edge.line.line import WORKERS, Line
@@ -565,6 +565,29 @@ def test_an_old_frame_of_another_camera_keeps_its_own_deadline(monkeypatch):
         (first,) = r.keeper.wait(1)
         assert first.frames[0].source == "slow" and first.latency_ms < 20_000  # not at the other's, at 29,900
         r.detector.gate.set()
+
+
+def test_a_film_that_breaks_off_is_an_error_after_the_last_verdict_and_not_begun_again():
+    film, whole = FakeCamera("film", live=False), FakeCamera("whole", live=False)
+    for _ in range(3):
+        film.push()
+    film.lose()
+    keeper = Keeper()
+    line = Line(FakeDetector(), {"film": film, "whole": whole}).add(keeper)
+
+    def go_on():
+        wait_until(lambda: line.snapshot().cameras[0].state == "ended")
+        whole.push()
+        whole.end()
+
+    thread = threading.Thread(target=go_on)
+    thread.start()
+    with pytest.raises(CameraError, match="film: connection reset"):
+        line.run()
+    thread.join()
+    assert [v.decision for v in keeper.of("verdict")] == ["accept"] * 4 and film.opened == 1
+    told = [status.event for status in keeper.of("status") if status.who == "film"]
+    assert told == ["camera runs", "camera lost", "camera ended"]
 
 
 def test_a_watched_folders_broken_file_gets_one_verdict(tmp_path):

@@ -26,11 +26,13 @@ from omniad_edge.cameras import camera_process
 from omniad_edge.cli import main
 from omniad_edge.errors import InputError
 from omniad_edge.line import file as line_file
+from omniad_edge.line import line as line_module
 from omniad_edge.line import run as run_line
 from omniad_edge.line.file import LineFile, located, read_line_file
 from omniad_edge.line.keys import TABLES
 from omniad_edge.line.line import Line
-from omniad_edge.outputs.delivery import OutputStatus
+from omniad_edge.outputs.delivery import Output, OutputStatus
+from omniad_edge.outputs.json_lines import JsonLines
 
 OMNIAD = str(Path(sys.prefix) / "bin" / "omniad")
 WAITS = "outputs.webhook.timeout_s"
@@ -532,6 +534,34 @@ def test_what_stops_the_line_is_one_line_and_exit_code_1(monkeypatch, capsys):
     out, err = capsys.readouterr()
     assert err.splitlines()[-1] == "error: ZeroDivisionError: division by zero" and "Traceback" not in err
     assert out.startswith("parts 1: 0 accept, 1 reject")
+
+
+class FullDisk(Output):
+    name, kinds = "full disk", ("verdict",)
+
+    def write(self, records):
+        raise OSError(28, "No space left on device")
+
+
+class NoCoil(Output):
+    name, kinds = "coil", ("verdict",)
+
+    def write(self, records):
+        raise ValueError("no such coil")
+
+
+@pytest.mark.usefixtures("quiet_log")
+@pytest.mark.parametrize(
+    ("output", "counts"),
+    [(FullDisk(), "0 written, 0 failed, 1 dropped"), (NoCoil(), "0 written, 1 failed, 0 dropped")],
+)
+def test_records_that_an_output_lost_are_exit_code_1(monkeypatch, caplog, tmp_path, output, counts):
+    monkeypatch.setattr(line_module, "DRAIN_S", 0.1)
+    line = Line(FakeDetector(), [np.zeros((8, 8, 3), np.uint8)]).add(JsonLines(tmp_path / "v.jsonl"), output)
+    monkeypatch.setattr(run_line, "read_line_file", lambda path: line)
+    assert run_line.run_file(Path("line3.toml")) == 1
+    warnings = [record.getMessage() for record in caplog.records if "lost records" in record.getMessage()]
+    assert warnings == [f"{output.name} lost records: {counts}; look at its disk, server or code"]
 
 
 def test_the_closing_counts_tell_of_records_that_did_not_arrive():

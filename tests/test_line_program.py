@@ -51,9 +51,11 @@ def end(process: subprocess.Popen) -> tuple[dict[str, int], dict[str, int]]:
     start = monotonic()
     process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=PATIENCE_S)
-    assert (process.returncode, err) == (0, "")
+    assert process.returncode == 0, err
     assert monotonic() - start < 1.5  # with the end of Python; the line itself under one
     counts, dropped = map(json.loads, out.splitlines())
+    told = err.splitlines()
+    assert len(told) == sum(map(bool, dropped.values())) and all("lost records: " in text for text in told), err
     return counts, dropped
 
 

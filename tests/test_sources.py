@@ -132,6 +132,12 @@ def test_mistakes_are_answered_with_all_forms(address, reason):
     assert FORMS in str(caught.value)
 
 
+@pytest.mark.parametrize("addresses", [["webcam:0", "webcam:1"], (Path("parts"),)])
+def test_a_list_of_addresses_is_no_list_of_pictures(addresses):
+    with pytest.raises(InputError, match=r"got a (list|tuple) of addresses; .* go by name: \{'top': 'webcam:0'"):
+        open_source(addresses)
+
+
 def test_crop_must_lie_within():
     with pytest.raises(InputError, match="within 1920 x 1080 pixels"):
         open_source("csi://0?crop=1900,0,100,100")
@@ -221,13 +227,52 @@ def test_not_a_video(tmp_path, video):
         source.open()
 
 
-def test_a_video_without_a_frame_that_can_be_decoded_ends(video):
+@pytest.mark.parametrize("ending", ["avi", "mkv"])
+def test_a_cut_video_is_told_from_a_whole_one(tmp_path, ending):
+    path = tmp_path / f"film.{ending}"
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"MJPG"), 25, (64, 48))
+    random = np.random.default_rng(0)
+    for _ in range(100):
+        writer.write(random.integers(0, 256, (48, 64, 3), np.uint8))
+    writer.release()
+    assert len(read_all(open_source(path))) == 100
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    source = open_source(path)
+    source.open()
+    with pytest.raises(CameraError, match=r"ended early, with (4\d|50) of 100 frames: it is cut or damaged"):
+        for _ in range(100):
+            source.read(0)
+
+
+class SixFrames:
+    """OpenCV's reader of a film whose container names `count` frames."""
+
+    def __init__(self, count):
+        self.count, self.left = count, 6
+
+    def isOpened(self):
+        return True
+
+    def get(self, prop):
+        assert prop == cv2.CAP_PROP_FRAME_COUNT
+        return self.count
+
+    def read(self):
+        self.left -= 1
+        return self.left >= 0, np.zeros((8, 8, 3), np.uint8)
+
+
+@pytest.mark.parametrize("count", [-1.9e14, 0, 5, 6, 7])
+def test_a_count_that_is_unknown_or_an_estimate_makes_no_error(video, monkeypatch, count):
+    monkeypatch.setattr(cv2, "VideoCapture", lambda path, backend: SixFrames(count))
+    assert len(read_all(open_source(video))) == 6
+
+
+def test_a_video_without_a_frame_that_can_be_decoded(video):
     video.write_bytes(video.read_bytes()[:5_700])  # its header alone
     source = open_source(video)
     source.open()
-    with pytest.raises(InputError, match="none of its frames can be decoded"):
-        source.read(0)
-    with pytest.raises(EndOfSource):
+    with pytest.raises(CameraError, match="ended early, with 0"):
         source.read(0)
 
 

@@ -12,7 +12,8 @@ from ..frame import EndOfSource, Frame
 class VideoFile:
     """A Source (see frame.py): every frame of the file, as fast as it is asked for.
 
-    `open` begins again at the first frame. Raises InputError if it is missing or no video that OpenCV can read.
+    `open` begins again at the first frame. Raises InputError if it is missing or no video that OpenCV can read;
+    `read` raises CameraError where the film should go on and does not.
     """
 
     live = False
@@ -31,16 +32,22 @@ class VideoFile:
         capture = cv2.VideoCapture(str(self.path), cv2.CAP_FFMPEG)
         if not capture.isOpened():
             raise InputError(f"{self.path}: not a video, damaged, or of a codec that OpenCV's FFmpeg lacks")
-        self._capture, self._sequence, self._told = capture, 0, False
+        self._capture, self._sequence = capture, 0
+        self._expected = max(0, round(capture.get(cv2.CAP_PROP_FRAME_COUNT)))  # 0: its container does not say
 
     def read(self, timeout_s: float) -> Frame | None:
         if self._capture is None:
             raise CameraError(f"{self.name}: is not open; call open() first")
         there, image = self._capture.read()
         if not there:
-            if self._sequence == 0 and not self._told:
-                self._told = True
-                raise InputError(f"{self.path}: none of its frames can be decoded")
+            # Some containers tell a duration, from which OpenCV estimates the frames.
+            missing = self._expected - self._sequence
+            if self._sequence == 0 or missing > max(1, self._expected / 100):
+                of = f" of {self._expected}" if self._expected else ""
+                raise CameraError(
+                    f"{self.path}: ended early, with {self._sequence}{of} frames: it is cut or damaged; "
+                    "copy or record it anew"
+                )
             raise EndOfSource(f"{self.path}: {self._sequence} frames")
         frame = Frame(image, self._sequence, time.monotonic(), self.name)
         self._sequence += 1

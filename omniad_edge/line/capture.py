@@ -27,7 +27,8 @@ class Camera:
 class Capture:
     """Gives a line the frames of one source, until it ends or the line stops.
 
-    Raises InputError from `run` for a source that can never work.
+    Raises InputError from `run` for a source that can never work. A file that breaks off ends alone: the error is
+    the line's once the other sources have ended and all that was read has its verdict.
     """
 
     def __init__(self, line: "Line", source: Source) -> None:
@@ -51,6 +52,10 @@ class Capture:
             except CameraError as exc:
                 if not line.stopping:
                     self.state_is("lost", str(exc))
+                    if not source.live:  # opened anew it would begin again, and break off at the same place
+                        line.error = line.error or exc
+                        self.state_is("ended")
+                        return
                     source.close()  # or a trigger still on its way would reach the camera when it is back
                     line.pause(self.pause_s)
                     self.pause_s = min(2 * self.pause_s, BACK_OFF_S[1])

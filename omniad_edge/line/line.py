@@ -5,6 +5,7 @@
 `parts.py` decides; here are the threads and the clock. Every thread takes `lock` around `parts`.
 """
 
+import logging
 import math
 import threading
 from collections import deque
@@ -28,6 +29,8 @@ from .parts import QUEUE_FRAMES, Part, Parts
 from .side_by_side import side_by_side
 from .snapshot import CameraState, Counts, Snapshot
 from .workers import Workers
+
+log = logging.getLogger(__name__)
 
 LOOK_S = 0.05  # a signal's handler only sets stop_asked; this often it is looked at
 TICK_S = 0.25  # idle threads look around this often
@@ -158,7 +161,9 @@ class Line:
     def run(self) -> Counts:
         """Inspect until the sources end, `stop` is called, or SIGINT or SIGTERM comes. -> the frames' fates.
 
-        Raises InputError for a source that can never work, and the error that stopped the line (see on_error).
+        Logs a warning for each output that lost records.
+        Raises InputError for a source that can never work, the error that stopped the line (see on_error), and at
+        the end CameraError for a film that broke off.
         """
         self.check_new()
         with stopped_by_signals(self):
@@ -328,6 +333,10 @@ class Line:
             time_s + STOP_S / 4,
             lambda: time_s == DRAIN_S and self.stop_asked,
         )
+        for output in self.snapshot().outputs:
+            if output.lost:
+                counts = f"{output.written} written, {output.failed} failed, {output.dropped} dropped"
+                log.warning("%s lost records: %s; look at its disk, server or code", output.name, counts)
 
     # ---- for the threads of `capture.py`, `workers.py` and `clock.py`
 
@@ -397,7 +406,8 @@ class Line:
 
     def output_event(self, event: str, who: str, detail: str) -> None:
         with self.lock:
-            self.tell(event, who, detail)
+            if self.state != "stopped":  # the outputs close: each would only count it as one that it dropped
+                self.tell(event, who, detail)
         if self.on_error == "stop" and event == "output error":
             self.fail(OutputError(f"{who}: {detail}"))
 

@@ -15,7 +15,8 @@ from .terminal_view import TerminalView
 
 
 def run_file(path: Path, check: bool = False) -> int:
-    """Run the line until its sources end or SIGINT or SIGTERM comes; or only check its file. -> exit code.
+    """Run the line until its sources end or SIGINT or SIGTERM comes; or only check its file. -> exit code: 1 where
+    an output lost records, too.
 
     Raises InputError with every mistake of the file, else the error that stopped the line.
     """
@@ -38,7 +39,7 @@ def run_file(path: Path, check: bool = False) -> int:
     finally:
         watchdog.stop()
         print(closing_counts(line.snapshot()), flush=True)
-    return 0
+    return 1 if any(output.lost for output in line.snapshot().outputs) else 0
 
 
 def closing_counts(snapshot: Snapshot) -> str:
@@ -48,7 +49,7 @@ def closing_counts(snapshot: Snapshot) -> str:
     parts = ", ".join(f"{count} {decision.replace('_', ' ')}" for decision, count in decisions.items())
     lines = [f"parts {sum(decisions.values())}: {parts}; frames {counts.captured}: {frames}"]
     for output in snapshot.outputs:
-        if output.failed or output.dropped or output.spooled:
+        if output.lost or output.spooled:
             lost = f"{output.failed} failed, {output.dropped} dropped, {output.spooled} left in the spool"
             lines.append(f"{output.name}: {output.written} records written, {lost}")
     return "\n".join(lines)

@@ -81,6 +81,10 @@ class OutputStatus:
     dropped: int
     spooled: int = 0
 
+    @property
+    def lost(self) -> int:
+        return self.failed + self.dropped
+
 
 def backoff() -> Iterator[float]:
     """Pauses in seconds between tries, without end."""
