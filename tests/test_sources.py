@@ -132,6 +132,12 @@ def test_mistakes_are_answered_with_all_forms(address, reason):
     assert FORMS in str(caught.value)
 
 
+@pytest.mark.parametrize("addresses", [["webcam:0", "webcam:1"], (Path("parts"),)])
+def test_a_list_of_addresses_is_no_list_of_pictures(addresses):
+    with pytest.raises(InputError, match=r"several cameras go by name: \{'top': 'webcam:0', 'side'"):
+        open_source(addresses)
+
+
 def test_crop_must_lie_within():
     with pytest.raises(InputError, match="within 1920 x 1080 pixels"):
         open_source("csi://0?crop=1900,0,100,100")

@@ -60,6 +60,11 @@ def open_source(source: str | int | Path | Iterable[np.ndarray] | Source) -> Sou
         return source
     if isinstance(source, np.ndarray) and source.ndim == 3:
         return ArraySource([source])  # one picture, not its rows
+    if isinstance(source, list | tuple) and any(isinstance(each, str | os.PathLike) for each in source):
+        raise InputError(
+            f"source: expected one address or a list of pictures, got a {type(source).__name__} of addresses; "
+            "several cameras go by name: {'top': 'webcam:0', 'side': 'webcam:1'}"
+        )
     if isinstance(source, Iterable):
         return ArraySource(source)
     raise _wrong(source, "got " + type(source).__name__)
