@@ -416,7 +416,8 @@ def test_a_broken_file_costs_its_part_alone(tmp_path):
     first, second, third = keeper.of("verdict")
     assert (first.part_id, first.decision, third.decision) == (str(tmp_path / "0.png"), "accept", "accept")
     assert second.decision == "reject" and "unreadable frame" in second.reason and "1.png" in second.reason
-    assert counts.captured == counts.inspected == 2
+    assert second.part_id == f"{tmp_path}-unreadable-2"
+    assert (counts.captured, counts.inspected, counts.failed) == (3, 2, 1)
     with Running(tmp_path, trigger="call", deadline_ms=5000) as r:
         for n in range(3):
             r.line.trigger(str(n))
@@ -603,7 +604,8 @@ def test_a_watched_folders_broken_file_gets_one_verdict(tmp_path):
             r.camera.push()
         verdicts = r.keeper.wait(3)
         assert [v.reason for v in verdicts] == ["", "unreadable frame: 1.png: damaged", ""]
-        assert r.line.snapshot().cameras[0].lost_frames == 1
+        camera = r.line.snapshot().cameras[0]
+        assert (camera.counts.captured, camera.counts.failed, camera.lost_frames) == (3, 1, 0)
 
 
 @pytest.mark.parametrize(

@@ -129,7 +129,7 @@ class Capture:
         with line.lock:
             if line.state != "running":
                 return
-            part_id = f"{source}-unreadable-{line.parts.lost_frames[source] + 1}"
+            part_id = f"{source}-unreadable-{line.parts.captured[source] + 1}"
             reason = f"unreadable frame: {without_credentials(detail)}"
             line.parts.spoil(source, reason, part_id, line.product, monotonic())
             line.tell("frame unreadable", source, detail)

@@ -157,7 +157,8 @@ class Parts:
 
     def spoil(self, source: str, reason: str, part_id: str, product: str | None, now_s: float) -> None:
         """Something came that cannot be read as a frame: its part is decided."""
-        self.lost_frames[source] += 1
+        self.captured[source] += 1
+        self.fates[source]["failed"] += 1
         if self.each_frame:
             self.announce(source, Part(part_id, product, now_s, None, {source: 1}, reason=reason))
         elif part := self.wanting(source, now_s):

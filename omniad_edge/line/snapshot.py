@@ -14,7 +14,7 @@ class Counts:
     inspected: their results counted in a verdict
     dropped:   left out unseen: a newer one took their place, or no part wanted them
     late:      their part's verdict was given without them, whether or not a result came afterwards
-    failed:    unfit to be inspected (a camera fault), or the detector raised an error
+    failed:    unfit to be inspected (a camera fault, a file that cannot be read), or the detector raised an error
     waiting:   in a queue or in the engine now
     """
 
