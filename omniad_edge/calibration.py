@@ -27,6 +27,7 @@ from .errors import CalibrationError, InputError
 
 SOURCES = ("calibrated", "training", "manual")
 MIN_RATE = 1e-9  # below it the number of images is no longer a number anyone can act on
+MAX_SCORE = 2 / 3  # three times 1 - cosine, each 2 at most, and the published scale of 1/9
 MAD_TO_SIGMA = 1.4826  # of a normal distribution
 
 

@@ -205,9 +205,9 @@ def share(text: str) -> float:
 
 def image_size(text: str) -> tuple[int, int]:
     """ "256" or "256x320" -> height, width"""
-    height, _, width = text.partition("x")
+    height, x, width = text.partition("x")
     try:
-        return int(height), int(width or height)
+        return int(height), int(width if x else height)
     except ValueError:
         raise argparse.ArgumentTypeError(f"expected a size such as 256 or 256x320; got {text!r}") from None
 
@@ -360,8 +360,11 @@ def calibrate(options: argparse.Namespace) -> None:
 
 def threshold(options: argparse.Namespace) -> None:
     from .bundle import quantised_graph, read_bundle, set_thresholds
+    from .calibration import MAX_SCORE
     from .errors import InputError
 
+    if not 0 <= options.value <= MAX_SCORE:
+        raise InputError(f"value: expected 0 to {MAX_SCORE:.3f}, where all scores lie; got {options.value:g}")
     bundle = read_bundle(options.bundle)
     products, graphs = bundle.products, [""]
     if options.precision:
@@ -390,12 +393,14 @@ def predict(options: argparse.Namespace) -> int:
     paths = list_images(options.images)
     root = options.images if options.images.is_dir() else options.images.parent
     results = None
-    if options.save:
-        if options.images.is_dir() and options.save.resolve().is_relative_to(root.resolve()):
-            raise InputError(f"--save: {options.save} lies in {root}, whose images are read; take another folder")
+    if options.save and options.images.is_dir() and options.save.resolve().is_relative_to(root.resolve()):
+        raise InputError(f"--save: {options.save} lies in {root}, whose images are read; take another folder")
+    detector = Detector(options.bundle, options.backend, options.precision)
+    if options.product is not None:
+        detector.known_product(options.product)
+    if options.save:  # only now that nothing is mistyped: what is there is written anew
         options.save.mkdir(parents=True, exist_ok=True)
         results = (options.save / "results.jsonl").open("w", encoding="utf-8", buffering=1)  # a line as it comes
-    detector = Detector(options.bundle, options.backend, options.precision)
     if detector.not_recognised:
         console.print(f"products are not recognised: {detector.not_recognised}", markup=False, soft_wrap=True)
     counts = {"good": 0, "defective": 0, "unknown product": 0, "wrong product": 0, "unreadable": 0}

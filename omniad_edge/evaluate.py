@@ -17,7 +17,7 @@ from .errors import CalibrationError, DataError, InputError
 from .files import file_sha256
 from .image import read_image
 from .metrics import ProductMetrics, evaluate_maps
-from .progress import counting
+from .progress import counting, say
 from .recognition import ProductLimit, ProductSpace, Recogniser, limit_of, read_recogniser, shown_product
 from .report import Case, ProductScores, choose_cases, write_report
 from .result import DEFECTIVE, GOOD, UNKNOWN_PRODUCT, WRONG_PRODUCT, Result, decide
@@ -383,8 +383,11 @@ def calibrate_bundle(
         raise InputError(
             f"{good}: product {', '.join(sorted(unknown))}: the bundle has {', '.join(contents.products)}"
         )
-    unseen = [sample for sample in samples if file_sha256(sample.path)[:16] not in trained_on]
-    empty = {sample.product for sample in samples} - {sample.product for sample in unseen}
+    pictures = {(sample.product, file_sha256(sample.path)[:16]): sample for sample in samples}
+    if copies := len(samples) - len(pictures):
+        say(f"left out {copies} copies: the same picture twice says nothing more")
+    unseen = [sample for (_, digest), sample in pictures.items() if digest not in trained_on]
+    empty = {product for product, _ in pictures} - {sample.product for sample in unseen}
     if empty:
         raise CalibrationError(
             f"{good}: every image of {', '.join(sorted(empty))} was trained on and scores too low to calibrate "
@@ -404,4 +407,4 @@ def calibrate_bundle(
         limits = product_limits(predictions, recogniser.space)
     action = f"calibrated with {engine.backend} in {engine.precision}"
     set_thresholds(bundle, calibrations, action, limits, graph)
-    return calibrations, limits, len(samples) - len(unseen)
+    return calibrations, limits, len(pictures) - len(unseen)

@@ -1,12 +1,13 @@
 """Files and folders that are either the old one or the new one, never half of one; and files' digests."""
 
+import errno
 import hashlib
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from tempfile import NamedTemporaryFile, mkdtemp
+from tempfile import NamedTemporaryFile, TemporaryDirectory, mkdtemp
 
 
 @contextmanager
@@ -14,9 +15,18 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     """Give a temporary path beside `path`; on success it takes `path`'s place, on an error it is removed.
 
     The data is synced to disk before the rename, so after a power cut `path` holds the old content or
-    the new one. Raises OSError as the file system gives it (disk full, no permission).
+    the new one. A link stays one, and the file that it leads to is written; a device or pipe is written into.
+    Raises OSError as the file system gives it (disk full, no permission, a folder).
     """
     path = Path(path)
+    if path.exists() and not path.is_file() and not path.is_dir():
+        with TemporaryDirectory() as folder:
+            yield (part := Path(folder, path.name))
+            path.write_bytes(part.read_bytes())
+        return
+    path = path.resolve()
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "expected a file to write, this is a folder", str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     with NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", suffix=".part", delete=False) as file:
         part = Path(file.name)

@@ -15,17 +15,15 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .backbone import ARCHITECTURES, ResNet
 from .errors import BundleError, InputError, TrainingError
-from .files import atomic_write
 from .model import IMAGENET_MEAN, IMAGENET_STD, initialise
 from .pictures import PICTURE_PX, alter_picture, draw_picture
 from .train import checked_seed
-from .weights import listed, read_tensors
+from .weights import listed, read_tensors, write_tensors
 
 CROP_PX = 64
 PICTURES = 4000
@@ -78,8 +76,7 @@ def pretrain(
         name: t.half().cpu() for name, t in net.state_dict().items() if not name.endswith("num_batches_tracked")
     }
     recipe = f"omniad pretrain, {steps} steps, seed {seed}" + (", grown from a smaller one" if start else "")
-    with atomic_write(out) as part:
-        save_file(state, part, {"backbone": backbone, "recipe": recipe})
+    write_tensors(out, state, {"backbone": backbone, "recipe": recipe})
     return float(np.mean(losses[-50:]))
 
 

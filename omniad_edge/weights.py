@@ -201,9 +201,12 @@ def listed(names: list[str]) -> str:
 
 
 def write_tensors(path: str | Path, tensors: dict[str, Tensor], header: dict[str, str]) -> None:
-    """One safetensors file, atomically."""
+    """One safetensors file, atomically. Raises OSError (disk full, no permission)."""
     with atomic_write(path) as part:
-        save_file(tensors, part, metadata=header)
+        try:
+            save_file(tensors, part, metadata=header)
+        except SafetensorError as exc:  # also where it is the system's error
+            raise OSError(f"{path}: could not be written: {exc}") from exc
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:

@@ -73,6 +73,22 @@ def test_predict_prints_a_line_an_image_and_counts_every_one(bundle, small_run, 
     assert (first["product"], first["product_shown"], first["product_assumed"]) == ("gear", "gear", False)
 
 
+def test_a_mistyped_command_leaves_the_last_results(bundle, small_run, tmp_path, capsys):
+    images, results = small_run.data / "gear" / "test" / "good", tmp_path / "out" / "results.jsonl"
+    assert run_main("predict", bundle, images, "--save", tmp_path / "out") == 0
+    before = results.read_text()
+    assert run_main("predict", bundle, images, "--save", tmp_path / "out", "--product", "gaer") == 1
+    assert run_main("predict", tmp_path / "none.omniad", images, "--save", tmp_path / "out") == 1
+    assert results.read_text() == before and before
+
+
+@pytest.mark.parametrize("size", ["64x", "x64", "64X64", "big"])
+def test_a_size_is_one_number_or_two(size, capsys):
+    with pytest.raises(SystemExit) as exc:
+        run_main("train", "--data", "d", "--out", "o", "--size", size)
+    assert exc.value.code == 2 and "expected a size such as 256 or 256x320" in capsys.readouterr().err
+
+
 def test_pictures_of_equally_named_images_do_not_replace_each_other(bundle, small_run, tmp_path, capsys):
     folder = tmp_path / "images"
     folder.mkdir()
@@ -107,6 +123,14 @@ def test_threshold_by_hand(bundle, capsys):
     assert "gear" in capsys.readouterr().err
     assert run_main("info", bundle) == 0
     assert "set by hand" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("value", ["34.3", "-0.1", "nan", "inf"])
+def test_a_threshold_that_no_score_can_pass_is_refused(bundle, capsys, value):
+    before = bundle.read_bytes()
+    assert run_main("threshold", bundle, "--product=gear", "--", value) == 1
+    assert "expected 0 to 0.667, where all scores lie" in " ".join(capsys.readouterr().err.split())
+    assert bundle.read_bytes() == before
 
 
 def test_info_prints_the_manifest(bundle, capsys):

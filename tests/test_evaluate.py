@@ -294,3 +294,14 @@ def test_a_bundle_is_known_whatever_it_is_called(bundle, small_run, tmp_path):
     assert open_model(renamed, small_run.data).recogniser is not None
     with pytest.raises(BundleError, match=r"line3: expected a training run's folder .*; this is a bundle"):
         load_run(renamed)
+
+
+def test_copies_of_an_image_count_once(bundle, small_run, tmp_path, capsys):
+    good = tmp_path / "good"
+    shutil.copytree(small_run.data.parent / "calibration" / "gear", good / "gear")
+    (first, *_) = sorted((good / "gear" / "good").iterdir())
+    for index in range(60):
+        shutil.copy(first, first.with_name(f"again{index}.png"))
+    calibrations, _, left_out = calibrate_bundle(bundle, good)
+    assert calibrations["gear"].n_good == 4 and left_out == 0
+    assert "left out 60 copies" in capsys.readouterr().err

@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from golden import golden_model
@@ -250,3 +251,13 @@ def test_backbone_without_weights_warns_and_stays():
 def test_backbone_misspelled():
     with pytest.raises(InputError, match='"procedural", "imagenet", "none" or a file; there is no imagnet'):
         load_backbone(ResNet("resnet18"), "resnet18", "imagnet")
+
+
+def test_a_full_disk_is_named(tmp_path, monkeypatch):
+    def full(*args, **kwargs):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(weights, "save_file", full)
+    with pytest.raises(OSError, match=r"w\.safetensors: could not be written: .*No space left on device"):
+        weights.write_tensors(tmp_path / "w.safetensors", {"x": torch.zeros(1)}, {})
+    assert not list(tmp_path.iterdir())
