@@ -82,8 +82,8 @@ def train(
     validate_every: epochs between measurements of the loss on held-out images; 0: after the last only. The
         best of the measured epochs is kept, or without held-out images the last.
     cache_features: compute the teacher's features once and keep them in memory (1.8 MB an image of 256 x 256);
-        equal to rounding. Saves 12 to 14 % of a step's CPU time at 128 x 128, 7 to 19 % at 256 x 256 (preset
-        small, batch 16, medians and minima on one thread of a shared two-core machine).
+        equal to rounding. Saves a tenth of a step's time at 128 x 128 (preset small, batch 16, two cores of an AMD
+        EPYC; benchmarks/results/training-2-core-epyc.json).
     on_broken: "stop" at an image that cannot be read, or "skip" it, which evaluation and export then do too.
     resume: go on with the run in `out`; settings and images must be the same (device and cache may differ).
     device: "auto" (CUDA if there is one), "cpu", "cuda", or one of several, as "cuda:1".
