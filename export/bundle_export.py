@@ -25,7 +25,7 @@ from ..evaluate import (
     predict_images,
     product_limits,
 )
-from ..files import file_sha256
+from ..files import check_writable, file_sha256
 from ..kernels.fold import fold
 from ..model import OmniAD
 from ..recognition import LIGHT_COPIES, RECOGNITION, ProductLimit, ProductSpace, fit, other_light
@@ -88,6 +88,7 @@ def export_bundle(
     if quantise == "fp8" and not fp16:
         raise ExportError("fp8 is computed by TensorRT, in a graph of fp16; export with --fp16 too")
     check_targets(targets)
+    check_writable(Path(out), is_folder=False)  # before the minutes that the gate takes
     model, facts = load_run(run)
     config, data = model.config, Path(data or facts["data"])
     samples = good_samples(data, facts)

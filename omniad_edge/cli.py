@@ -265,7 +265,10 @@ def evaluate(options: argparse.Namespace) -> None:
     if not is_bundle(options.model):
         require_training()
     from . import evaluate, report
+    from .files import check_writable
 
+    for path in filter(None, (options.json, options.csv, options.report)):
+        check_writable(path, is_folder=False)
     evaluation = evaluate.evaluate_model(options.model, options.data, options.published)
     Console().print(report.metrics_table(evaluation.metrics))
     for fact in ("no pixel metrics", "defects missed", "good rejected", "product recognised"):

@@ -9,6 +9,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from tempfile import NamedTemporaryFile, TemporaryDirectory, mkdtemp
 
+from .errors import InputError
+
 
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
@@ -59,6 +61,19 @@ def atomic_folder(path: str | Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise
+
+
+def check_writable(path: Path, is_folder: bool) -> None:
+    """Raises InputError if an output could not make or extend this file or folder. Makes nothing."""
+    if os.path.exists(path) and os.path.isdir(path) != is_folder:
+        raise InputError(f"expected a {'folder' if is_folder else 'file'}, got {path}, which is the other")
+    there = path
+    while not os.path.exists(there):
+        there = there.parent
+    if there != path and not os.path.isdir(there):
+        raise InputError(f"expected a path that can be made, got {path}; {there} is no folder")
+    if not os.access(there, os.W_OK | (os.X_OK if os.path.isdir(there) else 0)):
+        raise InputError(f"expected a path to write to, got {path}; this user may not write to {there}")
 
 
 def current_umask() -> int:

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from .backbone import ARCHITECTURES, ResNet
 from .errors import BundleError, InputError, TrainingError
+from .files import check_writable
 from .model import IMAGENET_MEAN, IMAGENET_STD, initialise
 from .pictures import PICTURE_PX, alter_picture, draw_picture
 from .train import checked_seed
@@ -59,6 +60,7 @@ def pretrain(
     """
     if backbone not in ARCHITECTURES:
         raise InputError(f"backbone: expected one of {', '.join(ARCHITECTURES)}; got {backbone!r}")
+    check_writable(Path(out), is_folder=False)
     for name, value in {"steps": steps, "pictures": pictures, "batch_size": batch_size}.items():
         if value < 1:
             raise InputError(f"{name}: expected at least 1; got {value}")

@@ -14,7 +14,7 @@ import torch
 from torch.optim import AdamW
 
 from .errors import BundleError, TrainingError
-from .files import atomic_write
+from .files import atomic_write, check_writable
 from .model import OmniAD
 from .weights import read_header, read_tensors, save_checkpoint, write_tensors
 
@@ -56,7 +56,9 @@ class RunFolder:
         self._saved_at = float("-inf")
 
     def check(self, facts: dict, resume: bool) -> None:
-        """TrainingError if a new run would overwrite one, or the one to resume is not there or another."""
+        """TrainingError if a new run would overwrite one, or the one to resume is not there or another; InputError
+        if it cannot be written."""
+        check_writable(self.path, is_folder=True)
         if not resume:
             if self.last.exists() or self.checkpoint.exists():
                 raise TrainingError(

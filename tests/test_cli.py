@@ -82,6 +82,21 @@ def test_a_mistyped_command_leaves_the_last_results(bundle, small_run, tmp_path,
     assert results.read_text() == before and before
 
 
+def test_an_output_that_cannot_be_written_is_told_before_the_work(bundle, small_run, tmp_path, capsys):
+    file = tmp_path / "file"
+    file.write_text("mine")
+    for command, words in (
+        (("train", "--data", tmp_path / "none", "--out", file), "expected a folder"),
+        (("train", "--data", tmp_path / "none", "--out", file / "run"), "is no folder"),
+        (("export", tmp_path / "none", "--out", tmp_path), "expected a file"),
+        (("pretrain", "--out", tmp_path), "expected a file"),
+        (("evaluate", bundle, "--data", tmp_path / "none", "--csv", tmp_path), "expected a file"),
+    ):
+        assert run_main(*command) == 1
+        assert words in " ".join(capsys.readouterr().err.split())
+    assert file.read_text() == "mine"
+
+
 @pytest.mark.parametrize("size", ["64x", "x64", "64X64", "big"])
 def test_a_size_is_one_number_or_two(size, capsys):
     with pytest.raises(SystemExit) as exc:

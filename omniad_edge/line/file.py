@@ -29,6 +29,7 @@ from ..cameras.sources import FORMS, SCHEME, open_source
 from ..credentials import without_credentials
 from ..detector import Detector
 from ..errors import BundleError, InputError, OmniADError
+from ..files import check_writable
 from ..frame import Source
 from ..outputs.delivery import Output
 from ..outputs.json_lines import JsonLines
@@ -326,16 +327,3 @@ def located(address: str, folder: Path) -> str:
         place = address[len("folder:") :].removeprefix("//")
         return address if place.startswith("/") else f"folder://{quote(str(folder))}/{place}"
     return str(folder / address) if address and os.path.exists(folder / address) else address
-
-
-def check_writable(path: Path, is_folder: bool) -> None:
-    """Raises InputError if an output could not make or extend this file or folder. Makes nothing."""
-    if os.path.exists(path) and os.path.isdir(path) != is_folder:
-        raise InputError(f"expected a {'folder' if is_folder else 'file'}, got {path}, which is the other")
-    there = path
-    while not os.path.exists(there):
-        there = there.parent
-    if there != path and not os.path.isdir(there):
-        raise InputError(f"expected a path that can be made, got {path}; {there} is no folder")
-    if not os.access(there, os.W_OK | (os.X_OK if os.path.isdir(there) else 0)):
-        raise InputError(f"expected a path to write to, got {path}; this user may not write to {there}")
