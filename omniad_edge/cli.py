@@ -58,7 +58,7 @@ def parser() -> argparse.ArgumentParser:
     sub = command("train", train, "train one model on the good images of all products in a data set")
     sub.add_argument("--data", type=Path, required=True, help="MVTec, VisA, Real-IAD or PRODUCT/good/* folders")
     sub.add_argument("--out", type=Path, required=True, help="folder of the run")
-    sub.add_argument("--epochs", type=int, default=500, help="passes over the images")
+    sub.add_argument("--epochs", type=positive, default=500, help="passes over the images")
     sub.add_argument("--preset", choices=PRESETS, default="base", help="size of the network")
     sub.add_argument("--size", type=image_size, help="input size in pixels, N or HxW, multiples of 32")
     sub.add_argument(
@@ -72,7 +72,7 @@ def parser() -> argparse.ArgumentParser:
         default="procedural",
         help="procedural (in the package), imagenet (downloaded once), a weights file, or none",
     )
-    sub.add_argument("--batch-size", type=int, default=16, help="images per step and process")
+    sub.add_argument("--batch-size", type=positive, default=16, help="images per step and process")
     sub.add_argument("--holdout", type=share, default="10%", help="part of the good images kept for calibration")
     sub.add_argument("--validate-every", type=int, default=0, help="epochs; 0: at the end only")
     sub.add_argument("--seed", type=int, default=42, help="of everything random")
@@ -167,11 +167,11 @@ def parser() -> argparse.ArgumentParser:
     sub = command("pretrain", pretrain, "train a backbone on procedural pictures")
     sub.add_argument("--out", type=Path, required=True, help="weights file to write, .safetensors")
     sub.add_argument("--backbone", choices=BACKBONES, default="resnet18", help="which one")
-    sub.add_argument("--steps", type=int, default=5000, help="of training")
+    sub.add_argument("--steps", type=positive, default=5000, help="of training")
     sub.add_argument("--seed", type=int, default=42, help="of everything random")
     sub.add_argument("--start", type=Path, help="weights to begin with; those of a smaller ResNet are grown")
-    sub.add_argument("--pictures", type=int, default=4000, help="to draw; more where a GPU is at hand")
-    sub.add_argument("--batch", type=int, default=16, help="pictures a step")
+    sub.add_argument("--pictures", type=positive, default=4000, help="to draw; more where a GPU is at hand")
+    sub.add_argument("--batch", type=positive, default=16, help="pictures a step")
 
     sub = command("demo", demo, "train, calibrate, export and inspect a small generated product line")
     sub.add_argument("--out", type=Path, default=Path("demo"), help="folder for everything it makes")
@@ -201,6 +201,12 @@ def share(text: str) -> float:
     if not 0 <= value < 1:
         raise argparse.ArgumentTypeError(f"expected a share such as 5% or 0.05, below 100%; got {text!r}")
     return value
+
+
+def positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a whole number from 1 on; got {text!r}")
+    return int(text)
 
 
 def image_size(text: str) -> tuple[int, int]:

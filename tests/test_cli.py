@@ -104,6 +104,14 @@ def test_a_size_is_one_number_or_two(size, capsys):
     assert exc.value.code == 2 and "expected a size such as 256 or 256x320" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("option", ["--epochs", "--batch-size"])
+def test_a_count_is_a_whole_number_from_one_on(option, capsys):
+    for value in ("0", "-1", "1.5", "many"):
+        with pytest.raises(SystemExit) as exc:
+            run_main("train", "--data", "d", "--out", "o", f"{option}={value}")
+        assert exc.value.code == 2 and "expected a whole number from 1 on" in capsys.readouterr().err
+
+
 def test_pictures_of_equally_named_images_do_not_replace_each_other(bundle, small_run, tmp_path, capsys):
     folder = tmp_path / "images"
     folder.mkdir()
