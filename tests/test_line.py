@@ -546,9 +546,12 @@ def test_credentials_do_not_reach_records():
     def act(verdict):
         raise ValueError("http://admin:hunter2@plc/coil answered 500")
 
-    frames = [np.full((8, 8, 3), 50, np.uint8)]
+    def frames():
+        yield np.full((8, 8, 3), 50, np.uint8)
+        keeper.wait_event("output error")  # outputs that close hear of nothing more
+
     keeper = Keeper()
-    Line(FakeDetector(), frames).add(act, keeper).run()
+    Line(FakeDetector(), frames()).add(act, keeper).run()
     assert "plc/coil" in keeper.wait_event("output error").detail
     assert not any("hunter2" in str(record.to_dict()) for record in keeper.records)
 
