@@ -250,6 +250,15 @@ def test_a_wrong_source_gets_the_list_of_sources(folder):
         read_line_file(write(folder, 'source = "gig://"'))
 
 
+def test_a_folder_without_images_is_a_mistake_unless_it_is_watched(folder):
+    (folder / "empty").mkdir()
+    found = mistakes(
+        write(folder, 'source = { top = "empty", side = "folder:empty", new = "folder:empty?watch=1" }')
+    )
+    assert list(found) == ["source.top", "source.side"]
+    assert all("no image in this folder" in said for said in found.values())
+
+
 def test_a_software_trigger_needs_triggers(folder, monkeypatch):
     monkeypatch.setattr(camera_process.CameraProcess, "check_installed", lambda self: None)
     found = mistakes(write(folder, 'source = "gige://?trigger=Software"'))

@@ -25,12 +25,14 @@ from urllib.parse import quote, unquote
 from ..address import parse_address
 from ..bundle import read_bundle
 from ..cameras.camera_process import CameraProcess
+from ..cameras.folder_source import FolderSource
 from ..cameras.sources import FORMS, SCHEME, open_source
 from ..credentials import without_credentials
 from ..detector import Detector
 from ..errors import BundleError, InputError, OmniADError
 from ..files import check_writable
 from ..frame import Source
+from ..image import list_images
 from ..outputs.delivery import Output
 from ..outputs.json_lines import JsonLines
 from ..outputs.mqtt import PORTS, Mqtt, MqttTrigger, load_paho
@@ -235,6 +237,8 @@ class LineFile:
         source = self.attempt(key, open_source, address)
         if isinstance(source, CameraProcess):
             self.attempt(key, source.check_installed)
+        if isinstance(source, FolderSource):
+            self.attempt(key, list_images, source.path)
         return source
 
     def trigger(self, on_event: Callable[[str, str, str], None]) -> Any:
