@@ -233,8 +233,7 @@ def set_thresholds(
         entries = {name: asdict(limit) for name, limit in (bundle.recognition_of(graph) | limits).items()}
         of_graphs = bundle.manifest.get("quantised_recognition", {}) | {graph: entries}
         changes |= {"quantised_recognition": of_graphs} if graph in quantised else {"recognition": entries}
-    # Through a symbolic link: the file behind it is replaced and the link stays.
-    write_bundle(os.path.realpath(path), bundle.manifest | changes, bundle.parts)
+    write_bundle(path, bundle.manifest | changes, bundle.parts)
 
 
 def _pack(manifest: dict, parts: dict[str, bytes]) -> bytes:
